@@ -1,0 +1,84 @@
+"""Metadata of dam_jax; pyproject.toml holds the tools' settings only."""
+
+from pathlib import Path
+import re
+
+from setuptools import find_packages
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+# One lower bound a package, all of them tested together on Python 3.11.
+CORE = [
+  'absl-py>=2.3.1',
+  'etils[epath]>=1.13',
+  'flax>=0.12.0',
+  'jax>=0.8.0',
+  'ml_collections>=1.1.0',
+  'numpy>=2.0',
+  'optax>=0.2.6',
+  'orbax-checkpoint>=0.11.25',
+  'safetensors>=0.6',
+]
+# What pip brings as data, and readers of data sets that are already prepared.
+DATA = [
+  'grain>=0.2.15',
+  'importlib_resources>=6.0',  # tensorflow-datasets needs it undeclared
+  'mlxtend>=0.23.4',
+  'scikit-learn>=1.5',
+  'tensorflow-datasets>=4.9.9',
+]
+# `python -m experiments.merge`, its tables, pictures and pages.
+EXPERIMENTS = [
+  'jinja2>=3.1',
+  'matplotlib>=3.9',
+  'mlxtend>=0.23.4',
+  'rich>=13.7',
+  'scikit-learn>=1.5',
+]
+TEST = [
+  *DATA,
+  *EXPERIMENTS,
+  'hypothesis>=6.100',
+  'pyrefly>=1.0',
+  'pytest>=8.1',
+  'ruff>=0.12',
+]
+
+
+def unique(*groups):
+  return sorted({line for group in groups for line in group})
+
+
+setup(
+  name='dam_jax',
+  version=re.search(
+    r"^__version__ = '([^']+)'$",
+    (ROOT / 'dam_jax' / '__init__.py').read_text(),
+    re.MULTILINE,
+  )[1],
+  description='Merging of fine-tuned models you do not trust, in JAX',
+  long_description=(ROOT / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=find_packages(include=['dam_jax', 'dam_jax.*']),
+  package_data={'dam_jax': ['py.typed']},
+  install_requires=CORE,
+  extras_require={
+    'data': DATA,
+    'experiments': EXPERIMENTS,
+    'test': unique(TEST),
+    'all': unique(DATA, EXPERIMENTS, TEST),
+  },
+  classifiers=[
+    'Development Status :: 3 - Alpha',
+    'Intended Audience :: Science/Research',
+    'Programming Language :: Python :: 3 :: Only',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Topic :: Security',
+    'Typing :: Typed',
+  ],
+)
