@@ -1,0 +1,210 @@
+"""What a merge is: an update transformation, or a loop of steps and an end.
+
+Level 1 works on task vectors. A transformation that keeps the task axis
+(`dam_jax.transforms`) and one that reduces it (`dam_jax.aggregators`) are both
+optax `GradientTransformation`s; `chain` composes them and `merge` applies the
+result:
+
+  >>> import jax.numpy as jnp
+  >>> import dam_jax as dj
+  >>> base = {'w': jnp.zeros(2)}
+  >>> experts = {'w': jnp.array([[1., 0.], [0., 2.]])}
+  >>> dj.merge(dj.task_arithmetic(0.5), base, experts).params['w'].tolist()
+  [0.5, 1.0]
+
+Level 2 works over data. A `Merger` is three pure functions and a plan of what
+its steps read; a transformation becomes one by `from_transform`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from dam_jax import tree
+from dam_jax.typing import Batch, Metrics, Params
+
+
+class MergeResult(NamedTuple):
+  """What a merge returns.
+
+  Attributes:
+    params: the merged model, like the base.
+    state: the transformation's state after the update.
+  """
+
+  params: Params
+  state: Any
+
+
+class Plan(NamedTuple):
+  """What a merger reads.
+
+  Attributes:
+    steps: how many steps it takes; 0 for a merge without data.
+    phases: how many draws of images a step reads, the `S` of `Batch.images`.
+    references: whether it reads `Batch.references`.
+  """
+
+  steps: int = 0
+  phases: int = 0
+  references: bool = False
+
+
+class Merger(NamedTuple):
+  """A merge that may look at data, as pure functions.
+
+  Attributes:
+    init: `(key, base, experts) -> state`; copies what it keeps, so that a
+      donated state never deletes the caller's arrays.
+    step: `(state, base, experts, batch) -> (state, metrics)`; types and shapes
+      of the state never change.
+    finalize: `(state, base, experts) -> params`.
+    plan: what the steps read.
+  """
+
+  init: Callable[[jax.Array, Params, Params], Any]
+  step: Callable[[Any, Params, Params, Batch], tuple[Any, Metrics]]
+  finalize: Callable[[Any, Params, Params], Params]
+  plan: Plan = Plan()
+
+
+def merge(
+  tx: optax.GradientTransformation,
+  base: Params,
+  experts: Params,
+  *,
+  state: Any = None,
+  **extra_args: Any,
+) -> MergeResult:
+  """Merges experts into one model.
+
+  Args:
+    tx: maps task vectors `[K, ...]` to one update; see `dam_jax.recipes`.
+    base: the model that all experts were fine-tuned from.
+    experts: stacked models, leaves `[K, *param_shape]`.
+    state: `tx`'s state; made by `tx.init(base)` where None.
+    **extra_args: passed to `tx.update`.
+
+  Returns:
+    The merged model, in the base's structure and dtypes, and `tx`'s state.
+
+  Raises:
+    ValueError: where experts do not fit the base, or `tx` does not reduce the
+      task axis.
+
+  Examples:
+    >>> base, experts = {'w': jnp.ones(1)}, {'w': jnp.array([[2.], [4.]])}
+    >>> merge(dj.average(), base, experts).params
+    {'w': Array([3.], dtype=float32)}
+  """
+  tx = optax.with_extra_args_support(tx)
+  state = tx.init(base) if state is None else state
+  deltas = tree.task_vectors(base, experts)
+  delta, state = tx.update(deltas, state, base, **extra_args)
+  return MergeResult(tree.apply_delta(base, delta), state)
+
+
+def chain(
+  *transforms: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Applies transformations of task vectors one after the other.
+
+  Like `optax.chain`, and says which link reduces the task axis too early,
+  before anything is computed.
+
+  Args:
+    *transforms: the last one reduces the task axis, those before it keep it.
+
+  Returns:
+    One transformation.
+
+  Raises:
+    ValueError: at update, where a link before the last drops the task axis.
+
+  Examples:
+    >>> tx = chain(dj.scale_tasks([1., 0.]), dj.aggregators.weighted_sum(0.5))
+    >>> base, experts = {'w': jnp.ones(1)}, {'w': jnp.array([[2.], [4.]])}
+    >>> merge(tx, base, experts).params
+    {'w': Array([1.5], dtype=float32)}
+  """
+  tx = optax.chain(*transforms)
+
+  def update_fn(updates, state, params=None, **extra_args):
+    shaped = updates
+    for i, (link, s) in enumerate(zip(transforms[:-1], state, strict=False)):
+      link = optax.with_extra_args_support(link)
+      shaped, _ = jax.eval_shape(
+        lambda u, s, p, e, link=link: link.update(u, s, p, **e),
+        shaped,
+        s,
+        params,
+        extra_args,
+      )
+      lines = tree.differences(updates, shaped, dtypes=False)
+      if lines:
+        raise ValueError(
+          f'link {i} of the chain must keep the task axis (only the last may '
+          'reduce it):\n  ' + '\n  '.join(lines)
+        )
+    return tx.update(updates, state, params, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def from_transform(tx: optax.GradientTransformation) -> Merger:
+  """Makes a merge of task vectors a `Merger` that reads no data.
+
+  Args:
+    tx: maps task vectors `[K, ...]` to one update.
+
+  Returns:
+    A merger whose plan has no steps; its `step` raises ValueError.
+
+  Examples:
+    >>> base, experts = {'w': jnp.ones(1)}, {'w': jnp.array([[2.], [4.]])}
+    >>> merger = from_transform(dj.average())
+    >>> state = merger.init(jax.random.key(0), base, experts)
+    >>> merger.finalize(state, base, experts)
+    {'w': Array([3.], dtype=float32)}
+  """
+
+  def init_fn(key, base, experts):
+    del key, experts
+    return tx.init(base)
+
+  def step_fn(state, base, experts, batch):
+    raise ValueError('this merge reads no data: call finalize, not step')
+
+  def finalize_fn(state, base, experts):
+    return merge(tx, base, experts, state=state).params
+
+  return Merger(init_fn, step_fn, finalize_fn)
+
+
+def scan_steps(
+  merger: Merger, batch_fn: Callable[[Any, Any], Batch] | None = None
+) -> Callable[..., tuple[Any, Metrics]]:
+  """Makes one compiled program of many steps, its state donated.
+
+  Args:
+    merger: whose steps to take.
+    batch_fn: `(data, index) -> Batch`, computed on the device, so that the
+      images stay there and only indices travel; None takes `index` as the
+      batch itself.
+
+  Returns:
+    `(state, base, experts, data, indices) -> (state, metrics)`, where every
+    leaf of `indices` and of `metrics` has a leading axis over the steps.
+    The `state` passed in must not be used again.
+  """
+
+  def run(state, base, experts, data, indices):
+    def one(state, index):
+      batch = index if batch_fn is None else batch_fn(data, index)
+      return merger.step(state, base, experts, batch)
+
+    return jax.lax.scan(one, state, indices)
+
+  return jax.jit(run, donate_argnums=0)
