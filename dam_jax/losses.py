@@ -1,0 +1,107 @@
+"""Losses on logits, one value an example: entropy, cross-entropy, SAU's terms.
+
+All work on the last axis and ignore classes whose logit is `MASKED_LOGIT`, so
+that tasks with different numbers of classes share one array.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+MASKED_LOGIT = -1e9
+"""The logit of a class that a task does not have; its probability is zero."""
+
+
+def entropy(logits: jax.Array) -> jax.Array:
+  """Entropy of a prediction, `-sum_c p_c log(p_c + 1e-8)`.
+
+  Args:
+    logits: `[..., L]`.
+
+  Returns:
+    `[...]`, in nats.
+
+  Examples:
+    >>> round(float(entropy(jnp.zeros(4))), 4)
+    1.3863
+
+  References:
+    Yang et al., `AdaMerging: Adaptive Model Merging for Multi-Task Learning
+    <https://arxiv.org/abs/2310.02575>`_, 2024
+  """
+  p = jax.nn.softmax(logits)
+  return -jnp.sum(p * jnp.log(p + 1e-8), axis=-1)
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+  """Cross-entropy to class indices or to class probabilities.
+
+  Args:
+    logits: `[..., L]`.
+    labels: `[...]` integers, or `[..., L]` probabilities.
+
+  Returns:
+    `[...]`, in nats.
+
+  Examples:
+    >>> round(float(cross_entropy(jnp.zeros(4), jnp.array(2))), 4)
+    1.3863
+  """
+  if jnp.issubdtype(labels.dtype, jnp.integer):
+    return optax.losses.softmax_cross_entropy_with_integer_labels(
+      logits, labels
+    )
+  return optax.losses.softmax_cross_entropy(logits, labels)
+
+
+def jensen_shannon(logits: jax.Array, other: jax.Array) -> jax.Array:
+  """Jensen-Shannon divergence of two predictions.
+
+  Probabilities are clamped at 1e-8, as in the code of repo-SAU.
+
+  Args:
+    logits: `[..., L]`.
+    other: `[..., L]`.
+
+  Returns:
+    `[...]`, in nats.
+
+  Examples:
+    >>> float(jensen_shannon(jnp.zeros(4), jnp.zeros(4)))
+    0.0
+  """
+  real = logits > 0.5 * MASKED_LOGIT
+  p = jnp.maximum(jax.nn.softmax(logits), 1e-8)
+  q = jnp.maximum(jax.nn.softmax(other), 1e-8)
+  log_mean = jnp.log(0.5 * (p + q))
+  terms = p * (jnp.log(p) - log_mean) + q * (jnp.log(q) - log_mean)
+  return 0.5 * jnp.sum(jnp.where(real, terms, 0.0), axis=-1)
+
+
+def shared_adversarial(logits: jax.Array, wrong: jax.Array) -> jax.Array:
+  """Unlearns a class that a perturbation made the reference predict.
+
+  With `s = softmax(logits)`: the mean of `-log(1 - s_wrong)` and of
+  `-log sum_{c != wrong} s_c`, each clamped as in the code of repo-SAU, so that
+  their gradients vanish at different ends.
+
+  Args:
+    logits: `[..., L]` on perturbed images.
+    wrong: `[...]` integers, what the frozen reference predicts there.
+
+  Returns:
+    `[...]`, in nats.
+
+  References:
+    Wei et al., `Shared Adversarial Unlearning: Backdoor Mitigation by
+    Unlearning Shared Adversarial Examples
+    <https://arxiv.org/abs/2307.10562>`_, 2023
+  """
+  s = jax.nn.softmax(logits)
+  positive = jnp.take_along_axis(s, wrong[..., None], axis=-1)[..., 0]
+  is_wrong = jax.nn.one_hot(wrong, s.shape[-1], dtype=bool)
+  negative = jnp.sum(jnp.where(is_wrong, 0.0, s), axis=-1)
+  return 0.5 * (
+    -jnp.log(1e-6 + jnp.minimum(negative, 0.999))
+    - jnp.log(1 + 1e-6 - jnp.maximum(positive, 0.001))
+  )

@@ -1,0 +1,200 @@
+"""Relaxed Bernoulli masks over the entries of task vectors.
+
+A mask is a vector of logits over the raveled parameters (`dam_jax.tree.ravel`)
+and a `Mask` that says how they become multipliers.
+
+  >>> import jax.numpy as jnp
+  >>> expected(jnp.zeros(2)).tolist()
+  [0.5, 0.5]
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dam_jax.tree import Layout
+
+KINDS = ('expected', 'mode', 'sample')
+"""What a mask can be once its logits are learned."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mask:
+  """How the logits of one mask start, become multipliers, and are learned.
+
+  Attributes:
+    init: the initial logit.
+    temperature: of the relaxed Bernoulli sample that each step draws; None
+      takes its expectation, the sigmoid of the logits, instead.
+    rescale: 'mean' divides by each leaf's mean, so that task vectors keep
+      their length; a number multiplies by it.
+    per_task: one mask `[K, P]` for each expert, not one `[P]` for all.
+    tx: optax transformation that learns the logits.
+  """
+
+  init: float = 0.0
+  temperature: float | None = 0.5
+  rescale: str | float = 'mean'
+  per_task: bool = False
+  tx: optax.GradientTransformation = optax.adam(1e-3)
+
+  def __post_init__(self):
+    if self.temperature is not None and not self.temperature > 0:
+      raise ValueError(
+        f'temperature of a mask must be positive, got {self.temperature}'
+      )
+    if isinstance(self.rescale, str) and self.rescale != 'mean':
+      raise ValueError(
+        f"rescale of a mask must be 'mean' or a number, got {self.rescale!r}"
+      )
+
+
+def sample(
+  logits: jax.Array, uniform: jax.Array, temperature: float
+) -> jax.Array:
+  """Draws a relaxed Bernoulli variable, reparametrised.
+
+  `sigmoid((logit(u) + logits) / temperature)`, with torch's clamping of
+  probabilities to `[eps, 1 - eps]`.
+
+  Args:
+    logits: of the Bernoulli's probability.
+    uniform: draws from U[0, 1), of the same shape.
+    temperature: positive; towards 0 the sample becomes binary.
+
+  Returns:
+    Samples in (0, 1), of the same shape and dtype.
+
+  Examples:
+    >>> sample(jnp.zeros(2), jnp.array([0.5, 0.9]), 0.5).round(3).tolist()
+    [0.5, 0.9880000352859497]
+
+  References:
+    Maddison et al., `The Concrete Distribution
+    <https://arxiv.org/abs/1611.00712>`_, 2017
+  """
+  info = jnp.finfo(logits.dtype)
+  u = jnp.clip(uniform, info.eps, 1 - info.eps)
+  limit = jnp.log1p(-info.eps) - jnp.log(info.eps)
+  noise = jnp.log(u) - jnp.log1p(-u)
+  z = (noise + jnp.clip(logits, -limit, limit)) / temperature
+  return jnp.clip(jax.nn.sigmoid(z), info.tiny, 1 - info.eps)
+
+
+def expected(logits: jax.Array) -> jax.Array:
+  """Returns the Bernoulli's probability, `sigmoid(logits)`."""
+  return jax.nn.sigmoid(logits)
+
+
+def mode(logits: jax.Array) -> jax.Array:
+  """Returns the most probable binary mask: 1 where the logit is positive."""
+  return (logits > 0).astype(logits.dtype)
+
+
+def leaf_means(mask: jax.Array, layout: Layout) -> jax.Array:
+  """Averages a raveled vector over each leaf.
+
+  Args:
+    mask: `[..., P]`.
+    layout: of the raveled pytree.
+
+  Returns:
+    `[..., leaves]`.
+
+  Examples:
+    >>> from dam_jax import tree
+    >>> flat = tree.ravel({'a': jnp.arange(2.), 'b': jnp.ones(3)})
+    >>> leaf_means(flat.vector, flat.layout).tolist()
+    [0.5, 1.0]
+  """
+  groups = layout.by_leaf(mask)
+  return jnp.concatenate([jnp.mean(g, axis=-1) for g in groups], axis=-1)
+
+
+def value(
+  mask: Mask, logits: jax.Array, uniform: jax.Array | None
+) -> jax.Array:
+  """Returns the mask while it is being learned: a sample or its expectation.
+
+  Args:
+    mask: how to make it.
+    logits: `[..., P]`.
+    uniform: draws from U[0, 1) like the logits; not read without temperature.
+
+  Returns:
+    `[..., P]` in (0, 1), before the rescale.
+  """
+  if mask.temperature is None:
+    return expected(logits)
+  return sample(logits, uniform, mask.temperature)
+
+
+def final_value(
+  mask: Mask, logits: jax.Array, uniform: jax.Array | None, kind: str
+) -> jax.Array:
+  """Returns the mask once it is learned.
+
+  Args:
+    mask: how to make it.
+    logits: `[..., P]`.
+    uniform: draws from U[0, 1) like the logits, for a sample.
+    kind: one of `KINDS`.
+
+  Returns:
+    `[..., P]` in [0, 1], before the rescale.
+  """
+  if kind == 'sample':
+    return value(mask, logits, uniform)
+  return expected(logits) if kind == 'expected' else mode(logits)
+
+
+def leaf_scale(mask: Mask, m: jax.Array, layout: Layout) -> jax.Array:
+  """Returns by what to multiply each leaf of a mask: `Mask.rescale`.
+
+  Args:
+    mask: how to rescale.
+    m: the mask, `[..., P]`.
+    layout: of the raveled pytree.
+
+  Returns:
+    `[..., leaves]`; 1 for a leaf whose mask is zero everywhere.
+  """
+  if mask.rescale == 'mean':
+    means = leaf_means(m, layout)
+    return 1 / jnp.where(means > 0, means, 1)
+  return jnp.full((*m.shape[:-1], len(layout.names)), mask.rescale, m.dtype)
+
+
+def sparsity(logits: jax.Array, layout: Layout) -> dict[str, jax.Array]:
+  """Share of entries that a mask would drop, by leaf.
+
+  Args:
+    logits: `[..., P]`.
+    layout: of the raveled pytree.
+
+  Returns:
+    A dict from leaf path to `[...]`, `1 - mean(sigmoid(logits))`.
+  """
+  shares = 1 - leaf_means(expected(logits), layout)
+  return {name: shares[..., i] for i, name in enumerate(layout.names)}
+
+
+def overlap(mask: jax.Array, other: jax.Array) -> jax.Array:
+  """Soft Jaccard index of two masks, `sum min(a, b) / sum max(a, b)`.
+
+  Args:
+    mask: `[..., P]` in [0, 1].
+    other: the same.
+
+  Returns:
+    `[...]` in [0, 1]; 1 where both are zero everywhere.
+
+  Examples:
+    >>> float(overlap(jnp.array([1., 0., 1.]), jnp.array([1., 1., 0.])))
+    0.3333333432674408
+  """
+  smaller = jnp.sum(jnp.minimum(mask, other), axis=-1)
+  larger = jnp.sum(jnp.maximum(mask, other), axis=-1)
+  return jnp.where(larger > 0, smaller / jnp.where(larger > 0, larger, 1), 1.0)

@@ -1,0 +1,189 @@
+"""The defence's own adversary: universal perturbations, learned by ascent.
+
+An `Adversary` looks for one perturbation a task that changes predictions on
+all images of that task, as a backdoor's trigger would. The merge then learns
+masks under which it no longer works.
+
+References:
+  Moosavi-Dezfooli et al., `Universal adversarial perturbations
+  <https://arxiv.org/abs/1610.08401>`_, 2017
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dam_jax.typing import PreprocessFn
+
+
+class Adversary(NamedTuple):
+  """A family of universal perturbations and how to search it.
+
+  Attributes:
+    init: `(key, num_tasks) -> params`, leaves `[restarts, T, ...]`.
+    perturb: `(params, images, clip) -> pixels`; params of one restart, leaves
+      `[T, ...]`, and images `[T, B, H, W, C]` in [0, 1] give what the model
+      reads, preprocessed. `clip=False` is the ascent's own view.
+    price: `params -> []`, what the perturbation's size costs.
+    project: `params -> params`, back into the allowed set.
+    tx: optax transformation that ascends.
+    ascents: ascent steps before each step of the masks.
+    cap: bound on the cross-entropy that is worth ascending, in nats.
+    restarts: number of independent perturbations, which take turns.
+  """
+
+  init: Callable[[jax.Array, int], Any]
+  perturb: Callable[[Any, jax.Array, bool], jax.Array]
+  price: Callable[[Any], jax.Array]
+  project: Callable[[Any], Any]
+  tx: optax.GradientTransformation
+  ascents: int = 1
+  cap: float = float('inf')
+  restarts: int = 1
+
+
+def _check(ascents: int, restarts: int, image_shape: Sequence[int]) -> None:
+  if ascents < 1 or restarts < 1:
+    raise ValueError(
+      f'ascents and restarts must be positive, got {ascents} and {restarts}'
+    )
+  if len(image_shape) != 3 or min(image_shape) < 1:
+    raise ValueError(
+      f'image_shape must be (height, width, channels), got {image_shape}'
+    )
+
+
+def additive(
+  image_shape: tuple[int, int, int],
+  *,
+  preprocess_fn: PreprocessFn,
+  radius: float | None = None,
+  normalized: bool = False,
+  tx: optax.GradientTransformation = optax.adam(1e-2),
+  ascents: int = 1,
+) -> Adversary:
+  """One image-shaped perturbation a task, added to every image.
+
+  Args:
+    image_shape: `(H, W, C)`.
+    preprocess_fn: from images in [0, 1] to what the model reads.
+    radius: bound on each entry's magnitude (an L-infinity ball), in units of
+      the space it is added in; None leaves it free.
+    normalized: add after preprocessing, and clip *there* to [0, 1] outside the
+      ascent, as the authors' code does; False adds to images in [0, 1] and
+      always clips to [0, 1].
+    tx: ascends.
+    ascents: steps of it before each step of the masks.
+
+  Returns:
+    The adversary; its parameters are one array `[1, T, H, W, C]`.
+
+  Raises:
+    ValueError: where the shape, radius or number of ascents makes no sense.
+  """
+  _check(ascents, 1, image_shape)
+  if radius is not None and not radius > 0:
+    raise ValueError(f'radius must be positive or None, got {radius}')
+
+  def init_fn(key, num_tasks):
+    del key
+    return jnp.zeros((1, num_tasks, *image_shape))
+
+  def perturb_fn(params, images, clip):
+    delta = params[:, None]
+    if not normalized:
+      return preprocess_fn(jnp.clip(images + delta, 0, 1))
+    pixels = preprocess_fn(images) + delta
+    return jnp.clip(pixels, 0, 1) if clip else pixels
+
+  def project_fn(params):
+    return params if radius is None else jnp.clip(params, -radius, radius)
+
+  return Adversary(
+    init_fn, perturb_fn, lambda params: jnp.zeros(()), project_fn, tx, ascents
+  )
+
+
+class SoftPatch(NamedTuple):
+  """A patch whose place, shape and colours are all learned.
+
+  Attributes:
+    mask_logits: `[..., T, H, W, 1]`, the sigmoid is the patch's opacity.
+    pattern_logits: `[..., T, H, W, C]`, the sigmoid is its colour.
+  """
+
+  mask_logits: jax.Array
+  pattern_logits: jax.Array
+
+  def opacity(self) -> jax.Array:
+    """Returns `[..., T, H, W, 1]` in [0, 1]."""
+    return jax.nn.sigmoid(self.mask_logits)
+
+  def pattern(self) -> jax.Array:
+    """Returns `[..., T, H, W, C]` in [0, 1]."""
+    return jax.nn.sigmoid(self.pattern_logits)
+
+
+def soft_patch(
+  image_shape: tuple[int, int, int],
+  *,
+  preprocess_fn: PreprocessFn,
+  area: float,
+  price: float = 2.0,
+  init_logit: float = -3.0,
+  tx: optax.GradientTransformation = optax.adam(0.2),
+  ascents: int = 4,
+  restarts: int = 2,
+  cap: float = 20.0,
+) -> Adversary:
+  """Soft patches, `x' = (1 - s(a)) x + s(a) s(b)` with the sigmoid `s`.
+
+  Their size is priced at `price * relu(sum s(a) / area - 1)` a task.
+
+  Args:
+    image_shape: `(H, W, C)`.
+    preprocess_fn: from images in [0, 1] to what the model reads.
+    area: in pixels, what a patch may cover for free.
+    price: of covering twice as much, in nats.
+    init_logit: mean of `a` at the start.
+    tx: ascends.
+    ascents: steps of it before each step of the masks.
+    restarts: independent patches a task; they take turns.
+    cap: on the cross-entropy that is worth ascending, in nats.
+
+  Returns:
+    The adversary; its parameters are a `SoftPatch`.
+
+  Raises:
+    ValueError: where a size or number makes no sense.
+  """
+  _check(ascents, restarts, image_shape)
+  if not 0 < area <= image_shape[0] * image_shape[1]:
+    raise ValueError(
+      f'area must be positive and within the image of {image_shape[0]} x '
+      f'{image_shape[1]} pixels, got {area}'
+    )
+
+  def init_fn(key, num_tasks):
+    place, colour = jax.random.split(key)
+    lead = (restarts, num_tasks, *image_shape[:2])
+    return SoftPatch(
+      init_logit + 0.1 * jax.random.normal(place, (*lead, 1)),
+      jax.random.normal(colour, (*lead, image_shape[2])),
+    )
+
+  def perturb_fn(params, images, clip):
+    del clip
+    opacity, pattern = params.opacity()[:, None], params.pattern()[:, None]
+    return preprocess_fn((1 - opacity) * images + opacity * pattern)
+
+  def price_fn(params):
+    covered = jnp.sum(params.opacity(), axis=(-3, -2, -1))
+    return price * jnp.sum(jax.nn.relu(covered / area - 1))
+
+  return Adversary(
+    init_fn, perturb_fn, price_fn, lambda p: p, tx, ascents, cap, restarts
+  )
