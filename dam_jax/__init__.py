@@ -1,0 +1,74 @@
+"""dam_jax: merge fine-tuned models you do not trust, on accelerators.
+
+A task vector is an update, a merge is an optax transformation with a leading
+task axis, and the merged model is `base + delta`. See `dam_jax.base` for the
+two levels, `dam_jax.recipes` for the named methods.
+"""
+
+from dam_jax import aggregators
+from dam_jax import losses
+from dam_jax import masks
+from dam_jax import perturbations
+from dam_jax import transforms
+from dam_jax import tree
+from dam_jax import typing
+from dam_jax.aggregators import keep_base
+from dam_jax.base import Merger
+from dam_jax.base import MergeResult
+from dam_jax.base import Plan
+from dam_jax.base import chain
+from dam_jax.base import from_transform
+from dam_jax.base import merge
+from dam_jax.base import scan_steps
+from dam_jax.defences import repo_awm
+from dam_jax.defences import repo_sau
+from dam_jax.learned import adamerging
+from dam_jax.learned import concrete
+from dam_jax.learned import dam
+from dam_jax.learned import dam_paper
+from dam_jax.learned import dam_released
+from dam_jax.learned import dam_robust
+from dam_jax.recipes import average
+from dam_jax.recipes import dare
+from dam_jax.recipes import slerp
+from dam_jax.recipes import task_arithmetic
+from dam_jax.recipes import ties
+from dam_jax.recipes import weighted_average
+from dam_jax.transforms import scale_tasks
+from dam_jax.typing import Batch
+
+__version__ = '0.1.0'
+
+__all__ = [
+  'Batch',
+  'MergeResult',
+  'Merger',
+  'Plan',
+  'adamerging',
+  'aggregators',
+  'average',
+  'chain',
+  'concrete',
+  'dam',
+  'dam_paper',
+  'dam_released',
+  'dam_robust',
+  'dare',
+  'from_transform',
+  'keep_base',
+  'losses',
+  'masks',
+  'merge',
+  'perturbations',
+  'repo_awm',
+  'repo_sau',
+  'scale_tasks',
+  'scan_steps',
+  'slerp',
+  'task_arithmetic',
+  'ties',
+  'transforms',
+  'tree',
+  'typing',
+  'weighted_average',
+]

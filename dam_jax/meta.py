@@ -1,0 +1,603 @@
+"""One meta-learning step for AdaMerging, Concrete and Defense-Aware Merging.
+
+The merged model is `theta = theta_0 + sum_t w_t * (m * tau_t)` with
+coefficients `w` and masks `m` over the task vectors `tau`. A step, at most:
+
+  1. draws the masks; *inner*: adapts `w` to them on unlabelled images;
+  2. *perturbation*: searches the adversary that fools `theta`, fixed;
+  3. *masks*: lowers the clean loss on images and the safety loss on perturbed
+     images, over the logits of the masks (and `w`, where asked).
+
+When the masks are done, *coefficients* may follow: `w` is learned under frozen
+masks. Which parts a method has, `dam_jax.meta_spec` says; `dam_jax.learned`
+names the published ones.
+
+All tasks' images go through one forward pass, and the arithmetic on parameters
+is on raveled vectors: pass `base` and `experts` through `dam_jax.tree.ravel`
+once to spare every step that copy.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from dam_jax import losses
+from dam_jax import masks as masks_lib
+from dam_jax import tree
+from dam_jax.base import Merger
+from dam_jax.base import Plan
+from dam_jax.masks import Mask
+from dam_jax.meta_spec import MetaSpec
+from dam_jax.typing import Batch, LogitsFn, Params, PreprocessFn
+
+
+class MetaState(NamedTuple):
+  """State of a learned merge.
+
+  Attributes:
+    key: of the masks' samples; never changes.
+    count: [] steps taken.
+    finite: [] whether every loss and gradient so far was finite; where one was
+      not, the state stays as it was before that step.
+    coefficients: `[K]` or `[K, leaves]`, in the order of `Layout.names`.
+    inner_state: of the coefficients' inner optimiser.
+    joint_state: of the one that learns them together with the masks.
+    coefficient_state: of the one that learns them after the masks.
+    leak: like the coefficients, the gradient that the last step of the masks
+      left in them.
+    masks: logits `[P]` or `[K, P]` by name.
+    mask_states: their optimisers', by name.
+    adversary: leaves `[restarts, T, ...]`, or None.
+    adversary_state: of its optimiser, leaves `[restarts, ...]`.
+  """
+
+  key: jax.Array
+  count: jax.Array
+  finite: jax.Array
+  coefficients: jax.Array
+  inner_state: Any
+  joint_state: Any
+  coefficient_state: Any
+  leak: jax.Array
+  masks: dict[str, jax.Array]
+  mask_states: dict[str, Any]
+  adversary: Any
+  adversary_state: Any
+
+
+class _Model(NamedTuple):
+  """Base `[P]` and task vectors `[K, P]`, raveled."""
+
+  base: tree.Raveled
+  deltas: jax.Array
+
+
+def _model(base: Params, experts: Params) -> _Model:
+  raveled = (
+    isinstance(base, tree.Raveled),
+    isinstance(experts, tree.Raveled),
+  )
+  if not any(raveled):
+    tree.check_stacked(base, experts)
+  base, experts = tree.ravel(base), tree.ravel(experts, leading=1)
+  if base.layout != experts.layout:
+    raise ValueError('base and experts were raveled from different pytrees')
+  return _Model(base, experts.vector - base.vector)
+
+
+def combine(
+  model: _Model,
+  coefficients: jax.Array,
+  specs: Mapping[str, Mask],
+  values: Mapping[str, jax.Array],
+) -> jax.Array:
+  """Returns `theta_0 + sum_t w_t * (m * tau_t)`, raveled.
+
+  Args:
+    model: base and task vectors.
+    coefficients: `w`, `[K]` or `[K, leaves]`.
+    specs: the masks, by name.
+    values: their values in [0, 1], `[P]` or `[K, P]`.
+
+  Returns:
+    `[P]`.
+  """
+  layout, num = model.base.layout, model.deltas.shape[0]
+  scale = jnp.broadcast_to(
+    coefficients if coefficients.ndim == 2 else coefficients[:, None],
+    (num, len(layout.names)),
+  )
+  shared, own = [], []
+  for name, m in values.items():
+    scale = scale * jnp.broadcast_to(
+      masks_lib.leaf_scale(specs[name], m, layout), scale.shape
+    )
+    (own if specs[name].per_task else shared).append(m)
+  deltas = functools.reduce(jnp.multiply, own, model.deltas)
+  total, done = [], 0
+  for group in layout.by_leaf(deltas):
+    s = scale[:, done : done + group.shape[1], None]
+    done += group.shape[1]
+    # A sum over a stacked axis is up to 40 times slower in XLA on a CPU.
+    total.append(sum(s[k] * group[k] for k in range(num)).reshape(-1))
+  delta = functools.reduce(jnp.multiply, shared, jnp.concatenate(total))
+  return model.base.vector + delta
+
+
+def identity(images: jax.Array) -> jax.Array:
+  """Preprocesses nothing."""
+  return images
+
+
+def _uniform(key: jax.Array, step: jax.Array, like: jax.Array) -> jax.Array:
+  return jax.random.uniform(
+    jax.random.fold_in(key, step), like.shape, like.dtype
+  )
+
+
+def meta_merger(
+  logits_fn: LogitsFn,
+  spec: MetaSpec,
+  *,
+  preprocess_fn: PreprocessFn = identity,
+  num_tasks: int | None = None,
+  uniform_fn: Any = _uniform,
+) -> Merger:
+  """Makes the merger that a spec describes.
+
+  Args:
+    logits_fn: one forward pass for the images of all tasks.
+    spec: which parts the step has.
+    preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
+    num_tasks: `T`; None takes the number of experts.
+    uniform_fn: `(key, step, like) -> U[0, 1)` like `like`, the randomness of
+      the masks' samples.
+
+  Returns:
+    A merger over `Batch`es; its metrics are `phase/loss` `[T]` and more, NaN in
+    steps that lack the phase, and `finite` [].
+  """
+  engine = _Engine(logits_fn, spec, preprocess_fn, num_tasks, uniform_fn)
+  return Merger(engine.init, engine.step, engine.finalize, engine.plan())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Engine:
+  """The pure functions of `meta_merger`; see there."""
+
+  logits_fn: LogitsFn
+  spec: MetaSpec
+  preprocess_fn: PreprocessFn
+  num_tasks: int | None
+  uniform_fn: Any
+
+  def plan(self) -> Plan:
+    """Returns what the steps read."""
+    r = self.spec
+    ascents = r.adversary.ascents if r.adversary else 0
+    phases = 0
+    if r.mask_steps:
+      draws = [self._draws(clean, safety) for _, clean, safety in r.updates]
+      inner = r.coefficients.inner_tx is not None
+      phases = inner + ascents + sum(draws)
+    if r.coefficient_steps:
+      safety = r.coefficient_safety
+      late = self._draws(1.0, safety) + (ascents if safety else 0)
+      phases = max(phases, late)
+    return Plan(
+      steps=r.warmup_steps + r.mask_steps + r.coefficient_steps,
+      phases=phases,
+      references='reference' in (r.clean_loss, r.safety_loss, r.labels),
+    )
+
+  def _draws(self, clean: float, safety: float) -> int:
+    return 2 if self.spec.own_images and clean and safety else 1
+
+  def init(self, key: jax.Array, base: Params, experts: Params) -> MetaState:
+    """Returns the state before the first step."""
+    model = _model(base, experts)
+    r, c = self.spec, self.spec.coefficients
+    num, size = model.deltas.shape
+    dtype = model.deltas.dtype
+    leaves = (len(model.base.layout.names),) if c.granularity == 'leaf' else ()
+    coefficients = jnp.full((num, *leaves), c.init, dtype)
+    logits = {
+      name: jnp.full((num, size) if m.per_task else size, m.init, dtype)
+      for name, m in r.masks.items()
+    }
+    mask_key, adversary_key = jax.random.split(key)
+    adversary = adversary_state = None
+    if r.adversary is not None:
+      adversary = r.adversary.init(adversary_key, self.num_tasks or num)
+      adversary_state = jax.vmap(r.adversary.tx.init)(adversary)
+    return MetaState(
+      key=mask_key,
+      count=jnp.zeros([], jnp.int32),
+      finite=jnp.ones([], bool),
+      coefficients=coefficients,
+      inner_state=c.inner_tx and c.inner_tx.init(coefficients),
+      joint_state=c.joint_tx and c.joint_tx.init(coefficients),
+      coefficient_state=c.tx.init(coefficients),
+      leak=jnp.zeros_like(coefficients),
+      masks=logits,
+      mask_states={n: r.masks[n].tx.init(x) for n, x in logits.items()},
+      adversary=adversary,
+      adversary_state=adversary_state,
+    )
+
+  def step(self, state, base, experts, batch: Batch):
+    r, model = self.spec, _model(base, experts)
+    stage = functools.partial(self._mask_stage, model=model, batch=batch)
+    late = functools.partial(self._coefficient_stage, model=model, batch=batch)
+    masks_end = r.warmup_steps + r.mask_steps
+    if not masks_end:
+      new, metrics = late(state)
+    elif not r.coefficient_steps:
+      new, metrics = stage(state)
+    else:
+      new, metrics = lax.cond(state.count < masks_end, stage, late, state)
+    finite = state.finite & metrics.pop('finite')
+    new = new._replace(count=state.count + 1)
+    new = jax.tree.map(functools.partial(_select, finite), new, state)
+    return new._replace(finite=finite), {**metrics, 'finite': finite}
+
+  def finalize(self, state, base, experts) -> Params:
+    model = _model(base, experts)
+    values = self._final_values(state)
+    theta = combine(model, state.coefficients, self.spec.masks, values)
+    return model.base.unravel(theta)
+
+  # --- masks ---
+
+  def _uniforms(self, state, step):
+    """Draws one uniform a mask, or None for a mask that is not sampled."""
+    return {
+      name: self.uniform_fn(
+        jax.random.fold_in(state.key, i), step, state.masks[name]
+      )
+      for i, name in enumerate(self.spec.masks)
+    }
+
+  def _values(self, logits, uniforms):
+    return {
+      name: masks_lib.value(m, logits[name], uniforms[name])
+      for name, m in self.spec.masks.items()
+    }
+
+  def _final_values(self, state):
+    r = self.spec
+    uniforms = self._uniforms(state, r.mask_steps)
+    return {
+      name: masks_lib.final_value(m, state.masks[name], uniforms[name], r.final)
+      for name, m in r.masks.items()
+    }
+
+  # --- the model ---
+
+  def _logits(self, model, theta, pixels):
+    return self.logits_fn(model.base.unravel(theta), pixels)
+
+  def _combine(self, model, coefficients, values):
+    return combine(model, coefficients, self.spec.masks, values)
+
+  def _clean(self, model, theta, images, references):
+    """Clean loss `[T]`."""
+    logits = self._logits(model, theta, self.preprocess_fn(images))
+    return self._clean_loss(logits, references)
+
+  def _clean_loss(self, logits, references):
+    if self.spec.clean_loss == 'entropy':
+      return jnp.mean(losses.entropy(logits), axis=-1)
+    return jnp.mean(losses.cross_entropy(logits, references), axis=-1)
+
+  def _safety_loss(self, logits, clean, references):
+    """Safety loss `[T]` of logits on perturbed images."""
+    r = self.spec
+    if r.safety_loss == 'entropy':
+      each = losses.entropy(logits)
+    elif r.safety_loss == 'consistency':
+      each = losses.cross_entropy(logits, jnp.argmax(clean, axis=-1))
+    else:
+      each = losses.cross_entropy(logits, references)
+    return jnp.mean(each, axis=-1)
+
+  def _shared_loss(self, logits, clean, reference_clean, reference_wrong):
+    """Unlearns, `[T]`, what fools the reference and not yet this model."""
+    applies = reference_wrong != jnp.argmax(clean, axis=-1)
+    applies &= reference_wrong != reference_clean
+    each = losses.shared_adversarial(logits, reference_wrong)
+    return jnp.mean(jnp.where(applies, each, 0.0), axis=-1)
+
+  # --- phases ---
+
+  def _inner(self, state, model, values, images, references):
+    """Adapts the coefficients to the masks, from their initial value."""
+    c = self.spec.coefficients
+    start = jnp.full_like(state.coefficients, c.init)
+    at = state.coefficients if c.stale else start
+
+    def objective(w):
+      theta = self._combine(model, w, values)
+      each = self._clean(model, theta, images, references)
+      return jnp.sum(each), each
+
+    grad, each = jax.grad(objective, has_aux=True)(at)
+    grad = grad + state.leak if c.leak else grad
+    updates, inner_state = c.inner_tx.update(grad, state.inner_state, start)
+    return optax.apply_updates(start, updates), inner_state, each
+
+  def _ascend(self, state, model, theta, batch: Batch):
+    """Moves the adversary whose turn it is; no gradient in the weights."""
+    r, adversary = self.spec, self.spec.adversary
+    turn = state.count % adversary.restarts
+    own = jax.tree.map(
+      lambda x: x[turn], (state.adversary, state.adversary_state)
+    )
+    plain = self._combine(model, state.coefficients, {}) if r.shared else None
+
+    def ascend(carry, draw):
+      params, opt_state = carry
+      images, references = draw
+      clean = self.preprocess_fn(images)
+      if r.labels == 'prediction':
+        labels = jnp.argmax(self._logits(model, theta, clean), axis=-1)
+      else:
+        labels = jnp.argmax(references, axis=-1)
+      if r.shared:
+        reference = jnp.argmax(self._logits(model, plain, clean), axis=-1)
+
+      def objective(params):
+        pixels = adversary.perturb(params, images, False)
+        logits = self._logits(model, theta, pixels)
+        wrong = jnp.argmax(logits, axis=-1)
+        gain = jnp.mean(
+          jnp.minimum(losses.cross_entropy(logits, labels), adversary.cap),
+          axis=-1,
+        )
+        if r.shared:
+          other = self._logits(model, plain, pixels)
+          other_wrong = jnp.argmax(other, axis=-1)
+          both = (wrong != labels) & (other_wrong != reference)
+          both &= wrong == other_wrong
+          apart = jnp.where(both, 0.0, losses.jensen_shannon(logits, other))
+          gain = r.shared.untargeted * gain
+          gain -= r.shared.divergence * jnp.mean(apart, axis=-1)
+        fooled = jnp.mean((wrong != labels).astype(gain.dtype), axis=-1)
+        loss = adversary.price(params).astype(gain.dtype) - jnp.sum(gain)
+        return loss, (-gain, fooled)
+
+      grads, aux = jax.grad(objective, has_aux=True)(params)
+      updates, opt_state = adversary.tx.update(grads, opt_state, params)
+      params = adversary.project(optax.apply_updates(params, updates))
+      return (params, opt_state), aux
+
+    own, (each, fooled) = lax.scan(
+      ascend, own, (batch.images, batch.references)
+    )
+    params, opt_state = jax.tree.map(
+      lambda old, new: old.at[turn].set(new),
+      (state.adversary, state.adversary_state),
+      own,
+    )
+    state = state._replace(adversary=params, adversary_state=opt_state)
+    return state, {
+      'perturbation/loss': each[-1],
+      'perturbation/fooled': fooled[-1],
+    }
+
+  def _outer(self, state, model, draws, clean: float, safety: float):
+    """Returns `theta -> (loss, metrics)` over one or two draws of images."""
+    r = self.spec
+    (images, references), (safe_images, safe_references) = draws[0], draws[-1]
+    needs_clean = clean or r.shared or r.safety_loss == 'consistency'
+    views = [self.preprocess_fn(images)] if needs_clean else []
+    if safety:
+      turn = state.count % r.adversary.restarts
+      own = jax.tree.map(lambda x: x[turn], state.adversary)
+      views.append(r.adversary.perturb(own, safe_images, True))
+    pixels, num = jnp.concatenate(views, axis=1), images.shape[1]
+    if r.shared and safety:
+      plain = self._combine(model, state.coefficients, {})
+      reference = jnp.argmax(self._logits(model, plain, pixels), axis=-1)
+
+    def objective(theta):
+      logits = self._logits(model, theta, pixels)
+      fixed, perturbed = lax.stop_gradient(logits[:, :num]), logits[:, -num:]
+      total, metrics = 0.0, {}
+      if clean:
+        each = self._clean_loss(logits[:, :num], references)
+        metrics['clean/loss'] = each
+        total += clean * jnp.sum(each)
+      if safety:
+        each = self._safety_loss(perturbed, fixed, safe_references)
+        metrics['safety/loss'] = each
+        total += safety * jnp.sum(each)
+      if safety and r.shared:
+        each = self._shared_loss(
+          perturbed, fixed, reference[:, :num], reference[:, num:]
+        )
+        metrics['shared/loss'] = each
+        total += r.shared.weight * jnp.sum(each)
+      return total, metrics
+
+    return objective
+
+  # --- stages ---
+
+  def _mask_stage(self, state, *, model, batch: Batch):
+    r, c = self.spec, self.spec.coefficients
+    draws = _Draws(batch)
+    uniforms = self._uniforms(state, state.count - r.warmup_steps)
+    values = self._values(state.masks, uniforms)
+    measured = {}
+    coefficients, inner_state = state.coefficients, state.inner_state
+    inner_draw = None
+    if c.inner_tx is not None:
+      inner_draw = draws.one()
+      coefficients, inner_state, each = self._inner(
+        state, model, values, *inner_draw
+      )
+      measured['inner/loss'] = each
+    if r.adversary is not None:
+      theta = self._combine(model, coefficients, values)
+      state, fooled = self._ascend(
+        state, model, theta, draws.many(r.adversary.ascents)
+      )
+      measured.update(fooled)
+    learn = functools.partial(
+      self._learn,
+      model=model,
+      draws=draws,
+      uniforms=uniforms,
+      coefficients=coefficients,
+      inner_state=inner_state,
+      inner_draw=inner_draw,
+      measured=measured,
+    )
+    if not r.warmup_steps:
+      return learn(state)
+
+    def wait(state):
+      return state, self._metrics(measured, draws)
+
+    return lax.cond(state.count < r.warmup_steps, wait, learn, state)
+
+  def _learn(
+    self,
+    state,
+    *,
+    model,
+    draws,
+    uniforms,
+    coefficients,
+    inner_state,
+    inner_draw,
+    measured,
+  ):
+    """Moves the masks, and the coefficients where they are learned jointly."""
+    r, c = self.spec, self.spec.coefficients
+    measured, leak = dict(measured), jnp.zeros_like(coefficients)
+    for names, clean, safety in r.updates:
+      outer = self._outer(
+        state,
+        model,
+        [draws.one() for _ in range(self._draws(clean, safety))],
+        clean,
+        safety,
+      )
+
+      def objective(logits, w, outer=outer, state=state):
+        values = self._values({**state.masks, **logits}, uniforms)
+        if c.inner_tx is not None and c.inner_gradient == 'exact':
+          w, _, _ = self._inner(state, model, values, *inner_draw)
+        return outer(self._combine(model, w, values))
+
+      moved = {name: state.masks[name] for name in names}
+      grads, each = jax.grad(objective, argnums=(0, 1), has_aux=True)(
+        moved, coefficients
+      )
+      norm = optax.global_norm(grads)
+      measured.update(each, **{f'{"+".join(names)}/grad_norm': norm})
+      leak += grads[1]
+      logits, states = dict(state.masks), dict(state.mask_states)
+      for name in names:
+        updates, states[name] = r.masks[name].tx.update(
+          grads[0][name], states[name], logits[name]
+        )
+        logits[name] = optax.apply_updates(logits[name], updates)
+      state = state._replace(masks=logits, mask_states=states)
+    if c.joint_tx is not None:
+      updates, joint_state = c.joint_tx.update(
+        leak, state.joint_state, coefficients
+      )
+      coefficients = optax.apply_updates(coefficients, updates)
+      state = state._replace(joint_state=joint_state)
+    state = state._replace(
+      coefficients=coefficients, inner_state=inner_state, leak=leak
+    )
+    return state, self._metrics(measured, draws)
+
+  def _coefficient_stage(self, state, *, model, batch: Batch):
+    r, c = self.spec, self.spec.coefficients
+    draws, values = _Draws(batch), self._final_values(state)
+    measured = {}
+    first = state.count == r.warmup_steps + r.mask_steps
+    coefficients = state.coefficients
+    if c.inner_tx is not None:
+      coefficients = jnp.where(first, c.init, coefficients)
+    if r.coefficient_safety:
+      theta = self._combine(model, coefficients, values)
+      state, measured = self._ascend(
+        state, model, theta, draws.many(r.adversary.ascents)
+      )
+    safety = r.coefficient_safety
+    own = [draws.one() for _ in range(self._draws(1.0, safety))]
+    outer = self._outer(state, model, own, 1.0, safety)
+    grad, each = jax.grad(
+      lambda w: outer(self._combine(model, w, values)), has_aux=True
+    )(coefficients)
+    if c.leak_last:
+      grad = jnp.where(first, grad + state.leak, grad)
+    updates, coefficient_state = c.tx.update(
+      grad, state.coefficient_state, coefficients
+    )
+    each['coefficients/loss'] = each.pop('clean/loss')
+    each['coefficients/grad_norm'] = optax.global_norm(grad)
+    state = state._replace(
+      coefficients=optax.apply_updates(coefficients, updates),
+      coefficient_state=coefficient_state,
+    )
+    return state, self._metrics({**measured, **each}, draws)
+
+  def _metrics(self, measured, draws):
+    """Adds NaN for what this step did not measure, so that all steps agree."""
+    r, (num_tasks, dtype) = self.spec, draws.tasks
+    names, norms = [], []
+    if r.mask_steps:
+      norms = ['+'.join(group) for group, _, _ in r.updates]
+      names += ['inner/loss'] * (r.coefficients.inner_tx is not None)
+      names += ['clean/loss'] * any(clean for _, clean, _ in r.updates)
+      names += ['safety/loss'] * any(safety for *_, safety in r.updates)
+      names += ['shared/loss'] * (r.shared is not None)
+    if r.coefficient_steps:
+      norms += ['coefficients']
+      names += ['coefficients/loss']
+      names += ['safety/loss'] * bool(r.coefficient_safety)
+    if r.adversary is not None:
+      names += ['perturbation/loss', 'perturbation/fooled']
+    nan = {name: jnp.full(num_tasks, jnp.nan, dtype) for name in names}
+    nan |= {f'{norm}/grad_norm': jnp.full([], jnp.nan, dtype) for norm in norms}
+    finite = [jnp.all(jnp.isfinite(x)) for x in measured.values()]
+    return {**nan, **measured, 'finite': jnp.all(jnp.stack(finite))}
+
+
+class _Draws:
+  """Hands out a batch's draws of images in order, at trace time."""
+
+  def __init__(self, batch: Batch):
+    self._batch, self._next = batch, 0
+
+  @property
+  def tasks(self) -> tuple[int, Any]:
+    """Number of tasks and dtype of the images."""
+    return self._batch.images.shape[1], self._batch.images.dtype
+
+  def many(self, num: int) -> Batch:
+    """Returns the next draws, `[num, T, B, ...]`."""
+    at = slice(self._next, self._next + num)
+    self._next += num
+    return jax.tree.map(lambda x: x[at], self._batch)
+
+  def one(self) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the next draw's images and references, `[T, B, ...]`."""
+    return tuple(jax.tree.map(lambda x: x[0], self.many(1)))
+
+
+def _select(condition: jax.Array, new: Any, old: Any) -> Any:
+  return jnp.where(condition, new, old)
