@@ -18,7 +18,7 @@ CORE = [
   'numpy>=2.0',
   'optax>=0.2.6',
   'orbax-checkpoint>=0.11.25',
-  'safetensors>=0.6',
+  'safetensors>=0.6.1',
 ]
 # What pip brings as data, and readers of data sets that are already prepared.
 DATA = [
@@ -39,10 +39,10 @@ EXPERIMENTS = [
 TEST = [
   *DATA,
   *EXPERIMENTS,
-  'hypothesis>=6.100',
-  'pyrefly>=1.0',
-  'pytest>=8.1',
-  'ruff>=0.12',
+  'hypothesis>=6.100.0',
+  'pyrefly==1.4.*',
+  'pytest>=8.2.0',
+  'ruff==0.17.*',
 ]
 
 
