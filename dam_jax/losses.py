@@ -105,3 +105,26 @@ def shared_adversarial(logits: jax.Array, wrong: jax.Array) -> jax.Array:
     -jnp.log(1e-6 + jnp.minimum(negative, 0.999))
     - jnp.log(1 + 1e-6 - jnp.maximum(positive, 0.001))
   )
+
+
+def unlearn_shared(
+  logits: jax.Array,
+  clean_logits: jax.Array,
+  reference_clean: jax.Array,
+  reference_wrong: jax.Array,
+) -> jax.Array:
+  """Returns SAU's loss `[T]` on what fools the reference and not yet the model.
+
+  Args:
+    logits: `[T, B, L]` under perturbation.
+    clean_logits: `[T, B, L]` without.
+    reference_clean: `[T, B]` what the reference predicts without.
+    reference_wrong: `[T, B]` what it predicts under perturbation.
+
+  Returns:
+    `[T]`, in nats.
+  """
+  applies = reference_wrong != jnp.argmax(clean_logits, axis=-1)
+  applies &= reference_wrong != reference_clean
+  each = shared_adversarial(logits, reference_wrong)
+  return jnp.mean(jnp.where(applies, each, 0.0), axis=-1)

@@ -8,7 +8,9 @@ and a `Mask` that says how they become multipliers.
   [0.5, 0.5]
 """
 
+from collections.abc import Mapping
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -165,6 +167,43 @@ def leaf_scale(mask: Mask, m: jax.Array, layout: Layout) -> jax.Array:
     means = leaf_means(m, layout)
     return 1 / jnp.where(means > 0, means, 1)
   return jnp.full((*m.shape[:-1], len(layout.names)), mask.rescale, m.dtype)
+
+
+def masked_sum(
+  deltas: jax.Array,
+  layout: Layout,
+  coefficients: jax.Array,
+  masks: Mapping[str, Mask],
+  values: Mapping[str, jax.Array],
+) -> jax.Array:
+  """Returns `sum_t w_t * (m * tau_t)`, where `m` multiplies all masks.
+
+  Args:
+    deltas: raveled task vectors, `[K, P]`.
+    layout: of the raveled pytree.
+    coefficients: `w`, `[K]` or `[K, leaves]`.
+    masks: by name.
+    values: of the masks in [0, 1] by name, `[P]` or `[K, P]`.
+
+  Returns:
+    `[P]`.
+  """
+  num = deltas.shape[0]
+  if coefficients.ndim == 1:
+    coefficients = coefficients[:, None]
+  scale = jnp.broadcast_to(coefficients, (num, len(layout.names)))
+  shared, own = [], []
+  for name, m in values.items():
+    scale *= jnp.atleast_2d(leaf_scale(masks[name], m, layout))
+    (own if masks[name].per_task else shared).append(m)
+  deltas = functools.reduce(jnp.multiply, own, deltas)
+  sums, start = [], 0
+  for group in layout.by_leaf(deltas):
+    s = scale[:, start : start + group.shape[1], None]
+    start += group.shape[1]
+    # A sum over a stacked axis is up to 40 times slower in XLA on a CPU.
+    sums.append(sum(s[k] * group[k] for k in range(num)).reshape(-1))
+  return functools.reduce(jnp.multiply, shared, jnp.concatenate(sums))
 
 
 def sparsity(logits: jax.Array, layout: Layout) -> dict[str, jax.Array]:

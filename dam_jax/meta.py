@@ -17,7 +17,6 @@ is on raveled vectors: pass `base` and `experts` through `dam_jax.tree.ravel`
 once to spare every step that copy.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -31,8 +30,6 @@ from dam_jax import losses
 from dam_jax import masks as masks_lib
 from dam_jax import tree
 from dam_jax.base import Merger
-from dam_jax.base import Plan
-from dam_jax.masks import Mask
 from dam_jax.meta_spec import MetaSpec
 from dam_jax.typing import Batch, LogitsFn, Params, PreprocessFn
 
@@ -91,45 +88,6 @@ def _model(base: Params, experts: Params) -> _Model:
   return _Model(base, experts.vector - base.vector)
 
 
-def combine(
-  model: _Model,
-  coefficients: jax.Array,
-  specs: Mapping[str, Mask],
-  values: Mapping[str, jax.Array],
-) -> jax.Array:
-  """Returns `theta_0 + sum_t w_t * (m * tau_t)`, raveled.
-
-  Args:
-    model: base and task vectors.
-    coefficients: `w`, `[K]` or `[K, leaves]`.
-    specs: the masks, by name.
-    values: their values in [0, 1], `[P]` or `[K, P]`.
-
-  Returns:
-    `[P]`.
-  """
-  layout, num = model.base.layout, model.deltas.shape[0]
-  scale = jnp.broadcast_to(
-    coefficients if coefficients.ndim == 2 else coefficients[:, None],
-    (num, len(layout.names)),
-  )
-  shared, own = [], []
-  for name, m in values.items():
-    scale = scale * jnp.broadcast_to(
-      masks_lib.leaf_scale(specs[name], m, layout), scale.shape
-    )
-    (own if specs[name].per_task else shared).append(m)
-  deltas = functools.reduce(jnp.multiply, own, model.deltas)
-  total, done = [], 0
-  for group in layout.by_leaf(deltas):
-    s = scale[:, done : done + group.shape[1], None]
-    done += group.shape[1]
-    # A sum over a stacked axis is up to 40 times slower in XLA on a CPU.
-    total.append(sum(s[k] * group[k] for k in range(num)).reshape(-1))
-  delta = functools.reduce(jnp.multiply, shared, jnp.concatenate(total))
-  return model.base.vector + delta
-
-
 def identity(images: jax.Array) -> jax.Array:
   """Preprocesses nothing."""
   return images
@@ -164,7 +122,7 @@ def meta_merger(
     steps that lack the phase, and `finite` [].
   """
   engine = _Engine(logits_fn, spec, preprocess_fn, num_tasks, uniform_fn)
-  return Merger(engine.init, engine.step, engine.finalize, engine.plan())
+  return Merger(engine.init, engine.step, engine.finalize, spec.plan())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,28 +134,6 @@ class _Engine:
   preprocess_fn: PreprocessFn
   num_tasks: int | None
   uniform_fn: Any
-
-  def plan(self) -> Plan:
-    """Returns what the steps read."""
-    r = self.spec
-    ascents = r.adversary.ascents if r.adversary else 0
-    phases = 0
-    if r.mask_steps:
-      draws = [self._draws(clean, safety) for _, clean, safety in r.updates]
-      inner = r.coefficients.inner_tx is not None
-      phases = inner + ascents + sum(draws)
-    if r.coefficient_steps:
-      safety = r.coefficient_safety
-      late = self._draws(1.0, safety) + (ascents if safety else 0)
-      phases = max(phases, late)
-    return Plan(
-      steps=r.warmup_steps + r.mask_steps + r.coefficient_steps,
-      phases=phases,
-      references='reference' in (r.clean_loss, r.safety_loss, r.labels),
-    )
-
-  def _draws(self, clean: float, safety: float) -> int:
-    return 2 if self.spec.own_images and clean and safety else 1
 
   def init(self, key: jax.Array, base: Params, experts: Params) -> MetaState:
     """Returns the state before the first step."""
@@ -232,31 +168,33 @@ class _Engine:
     )
 
   def step(self, state, base, experts, batch: Batch):
+    """Returns the state after one step, and what it measured."""
     r, model = self.spec, _model(base, experts)
-    stage = functools.partial(self._mask_stage, model=model, batch=batch)
+    early = functools.partial(self._mask_stage, model=model, batch=batch)
     late = functools.partial(self._coefficient_stage, model=model, batch=batch)
-    masks_end = r.warmup_steps + r.mask_steps
-    if not masks_end:
+    end = r.warmup_steps + r.mask_steps
+    if not end:
       new, metrics = late(state)
     elif not r.coefficient_steps:
-      new, metrics = stage(state)
+      new, metrics = early(state)
     else:
-      new, metrics = lax.cond(state.count < masks_end, stage, late, state)
+      new, metrics = lax.cond(state.count < end, early, late, state)
     finite = state.finite & metrics.pop('finite')
     new = new._replace(count=state.count + 1)
     new = jax.tree.map(functools.partial(_select, finite), new, state)
     return new._replace(finite=finite), {**metrics, 'finite': finite}
 
   def finalize(self, state, base, experts) -> Params:
+    """Returns the merged model, like the base."""
     model = _model(base, experts)
     values = self._final_values(state)
-    theta = combine(model, state.coefficients, self.spec.masks, values)
+    theta = self._combine(model, state.coefficients, values)
     return model.base.unravel(theta)
 
   # --- masks ---
 
   def _uniforms(self, state, step):
-    """Draws one uniform a mask, or None for a mask that is not sampled."""
+    """Draws one uniform a mask and parameter."""
     return {
       name: self.uniform_fn(
         jax.random.fold_in(state.key, i), step, state.masks[name]
@@ -284,35 +222,15 @@ class _Engine:
     return self.logits_fn(model.base.unravel(theta), pixels)
 
   def _combine(self, model, coefficients, values):
-    return combine(model, coefficients, self.spec.masks, values)
+    """Returns `theta_0 + sum_t w_t * (m * tau_t)`, raveled."""
+    return model.base.vector + masks_lib.masked_sum(
+      model.deltas, model.base.layout, coefficients, self.spec.masks, values
+    )
 
   def _clean(self, model, theta, images, references):
     """Clean loss `[T]`."""
     logits = self._logits(model, theta, self.preprocess_fn(images))
-    return self._clean_loss(logits, references)
-
-  def _clean_loss(self, logits, references):
-    if self.spec.clean_loss == 'entropy':
-      return jnp.mean(losses.entropy(logits), axis=-1)
-    return jnp.mean(losses.cross_entropy(logits, references), axis=-1)
-
-  def _safety_loss(self, logits, clean, references):
-    """Safety loss `[T]` of logits on perturbed images."""
-    r = self.spec
-    if r.safety_loss == 'entropy':
-      each = losses.entropy(logits)
-    elif r.safety_loss == 'consistency':
-      each = losses.cross_entropy(logits, jnp.argmax(clean, axis=-1))
-    else:
-      each = losses.cross_entropy(logits, references)
-    return jnp.mean(each, axis=-1)
-
-  def _shared_loss(self, logits, clean, reference_clean, reference_wrong):
-    """Unlearns, `[T]`, what fools the reference and not yet this model."""
-    applies = reference_wrong != jnp.argmax(clean, axis=-1)
-    applies &= reference_wrong != reference_clean
-    each = losses.shared_adversarial(logits, reference_wrong)
-    return jnp.mean(jnp.where(applies, each, 0.0), axis=-1)
+    return self.spec.clean(logits, references)
 
   # --- phases ---
 
@@ -411,15 +329,15 @@ class _Engine:
       fixed, perturbed = lax.stop_gradient(logits[:, :num]), logits[:, -num:]
       total, metrics = 0.0, {}
       if clean:
-        each = self._clean_loss(logits[:, :num], references)
+        each = self.spec.clean(logits[:, :num], references)
         metrics['clean/loss'] = each
         total += clean * jnp.sum(each)
       if safety:
-        each = self._safety_loss(perturbed, fixed, safe_references)
+        each = self.spec.safety(perturbed, fixed, safe_references)
         metrics['safety/loss'] = each
         total += safety * jnp.sum(each)
       if safety and r.shared:
-        each = self._shared_loss(
+        each = losses.unlearn_shared(
           perturbed, fixed, reference[:, :num], reference[:, num:]
         )
         metrics['shared/loss'] = each
@@ -487,7 +405,7 @@ class _Engine:
       outer = self._outer(
         state,
         model,
-        [draws.one() for _ in range(self._draws(clean, safety))],
+        [draws.one() for _ in range(self.spec.draws(clean, safety))],
         clean,
         safety,
       )
@@ -537,7 +455,7 @@ class _Engine:
         state, model, theta, draws.many(r.adversary.ascents)
       )
     safety = r.coefficient_safety
-    own = [draws.one() for _ in range(self._draws(1.0, safety))]
+    own = [draws.one() for _ in range(self.spec.draws(1.0, safety))]
     outer = self._outer(state, model, own, 1.0, safety)
     grad, each = jax.grad(
       lambda w: outer(self._combine(model, w, values)), has_aux=True
@@ -557,22 +475,10 @@ class _Engine:
 
   def _metrics(self, measured, draws):
     """Adds NaN for what this step did not measure, so that all steps agree."""
-    r, (num_tasks, dtype) = self.spec, draws.tasks
-    names, norms = [], []
-    if r.mask_steps:
-      norms = ['+'.join(group) for group, _, _ in r.updates]
-      names += ['inner/loss'] * (r.coefficients.inner_tx is not None)
-      names += ['clean/loss'] * any(clean for _, clean, _ in r.updates)
-      names += ['safety/loss'] * any(safety for *_, safety in r.updates)
-      names += ['shared/loss'] * (r.shared is not None)
-    if r.coefficient_steps:
-      norms += ['coefficients']
-      names += ['coefficients/loss']
-      names += ['safety/loss'] * bool(r.coefficient_safety)
-    if r.adversary is not None:
-      names += ['perturbation/loss', 'perturbation/fooled']
-    nan = {name: jnp.full(num_tasks, jnp.nan, dtype) for name in names}
-    nan |= {f'{norm}/grad_norm': jnp.full([], jnp.nan, dtype) for norm in norms}
+    per_task, scalars = self.spec.metrics()
+    num_tasks, dtype = draws.tasks
+    nan = {name: jnp.full(num_tasks, jnp.nan, dtype) for name in per_task}
+    nan |= {name: jnp.full([], jnp.nan, dtype) for name in scalars}
     finite = [jnp.all(jnp.isfinite(x)) for x in measured.values()]
     return {**nan, **measured, 'finite': jnp.all(jnp.stack(finite))}
 

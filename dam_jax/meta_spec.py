@@ -7,9 +7,13 @@ many steps of what. `dam_jax.learned` names the published ones.
 from collections.abc import Mapping, Sequence
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import optax
 
+from dam_jax import losses
 from dam_jax import masks as masks_lib
+from dam_jax.base import Plan
 from dam_jax.masks import Mask
 from dam_jax.perturbations import Adversary
 
@@ -137,3 +141,64 @@ class MetaSpec:
       raise ValueError(
         f'updates name masks {sorted(unknown)}, there are {sorted(self.masks)}'
       )
+
+  def draws(self, clean: float, safety: float) -> int:
+    """Returns how many draws of images an update with these weights reads."""
+    return 2 if self.own_images and clean and safety else 1
+
+  def plan(self) -> Plan:
+    """Returns what the steps read."""
+    ascents = self.adversary.ascents if self.adversary else 0
+    phases = 0
+    if self.mask_steps:
+      inner = self.coefficients.inner_tx is not None
+      outer = sum(self.draws(clean, safe) for _, clean, safe in self.updates)
+      phases = inner + ascents + outer
+    if self.coefficient_steps:
+      safety = self.coefficient_safety
+      late = self.draws(1.0, safety) + (ascents if safety else 0)
+      phases = max(phases, late)
+    return Plan(
+      steps=self.warmup_steps + self.mask_steps + self.coefficient_steps,
+      phases=phases,
+      references='reference'
+      in (self.clean_loss, self.safety_loss, self.labels),
+    )
+
+  def metrics(self) -> tuple[list[str], list[str]]:
+    """Returns names of the metrics `[T]` and `[]` that some step measures."""
+    per_task, norms = [], []
+    if self.adversary is not None:
+      per_task += ['perturbation/loss', 'perturbation/fooled']
+    if self.mask_steps:
+      per_task += ['inner/loss'] * (self.coefficients.inner_tx is not None)
+      per_task += ['clean/loss'] * any(clean for _, clean, _ in self.updates)
+      per_task += ['safety/loss'] * any(safe for *_, safe in self.updates)
+      per_task += ['shared/loss'] * (self.shared is not None)
+      norms += ['+'.join(names) for names, _, _ in self.updates]
+    if self.coefficient_steps:
+      per_task += ['coefficients/loss']
+      per_task += ['safety/loss'] * bool(self.coefficient_safety)
+      norms += ['coefficients']
+    return per_task, [f'{name}/grad_norm' for name in norms]
+
+  def clean(self, logits: jax.Array, references: jax.Array | None) -> jax.Array:
+    """Returns the clean loss `[T]` of logits `[T, B, L]`."""
+    if self.clean_loss == 'entropy':
+      return jnp.mean(losses.entropy(logits), axis=-1)
+    return jnp.mean(losses.cross_entropy(logits, references), axis=-1)
+
+  def safety(
+    self,
+    logits: jax.Array,
+    clean_logits: jax.Array,
+    references: jax.Array | None,
+  ) -> jax.Array:
+    """Returns the safety loss `[T]` of logits on perturbed images."""
+    if self.safety_loss == 'entropy':
+      each = losses.entropy(logits)
+    elif self.safety_loss == 'consistency':
+      each = losses.cross_entropy(logits, jnp.argmax(clean_logits, axis=-1))
+    else:
+      each = losses.cross_entropy(logits, references)
+    return jnp.mean(each, axis=-1)
