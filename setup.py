@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent
 # One lower bound a package, all of them tested together on Python 3.11.
 CORE = [
   'absl-py>=2.3.1',
+  'chex>=0.1.91',
   'etils[epath]>=1.13',
   'flax>=0.12.0',
   'jax>=0.8.0',

@@ -114,6 +114,14 @@ def test_readme_opens_with_two_commands(metadata):
     assert run == module
 
 
+def test_readme_examples_run():
+  text = (ROOT / 'README.md').read_text()
+  blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  assert blocks
+  for block in blocks:
+    exec(compile(block, 'README.md', 'exec'), {})
+
+
 def test_versions_agree(metadata):
   top = re.search(
     r'^## \[(.+?)\]', (ROOT / 'CHANGELOG.md').read_text(), re.MULTILINE
