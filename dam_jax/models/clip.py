@@ -1,0 +1,411 @@
+"""CLIP's image tower in Flax, and zero-shot heads for many tasks at once.
+
+Numerically Hugging Face's `CLIPVisionModelWithProjection`. Parameters have one
+leaf a tensor; `dam_jax.models.convert` maps their names.
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> config = VisionConfig(
+  ...     hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+  ...     num_attention_heads=2, image_size=4, patch_size=2, projection_dim=6)
+  >>> tower = VisionTower(config)
+  >>> pixels = normalize(jnp.zeros((3, 4, 4, 3)))
+  >>> params = tower.init(jax.random.key(0), pixels)['params']
+  >>> tower.apply({'params': params}, pixels).shape
+  (3, 6)
+
+References:
+  Radford et al., `Learning Transferable Visual Models From Natural Language
+  Supervision <https://arxiv.org/abs/2103.00020>`_, 2021
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dam_jax.losses import MASKED_LOGIT
+from dam_jax.typing import LogitsFn, Params
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Of CLIP's training images, by channel."""
+
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of CLIP's training images, by channel."""
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+  return jax.nn.gelu(x, approximate=False)
+
+
+_ACTIVATIONS = {'quick_gelu': _quick_gelu, 'gelu': _gelu}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+  """Sizes of an image tower, in Hugging Face's names.
+
+  Attributes:
+    hidden_size: width of the residual stream.
+    intermediate_size: width of the MLPs.
+    num_hidden_layers: number of blocks.
+    num_attention_heads: heads of each block.
+    image_size: height and width of the images, in pixels.
+    patch_size: of the patches, in pixels.
+    projection_dim: of the features.
+    num_channels: of the images.
+    hidden_act: 'quick_gelu' or 'gelu'.
+    layer_norm_eps: added to variances.
+  """
+
+  hidden_size: int
+  intermediate_size: int
+  num_hidden_layers: int
+  num_attention_heads: int
+  image_size: int
+  patch_size: int
+  projection_dim: int
+  num_channels: int = 3
+  hidden_act: str = 'quick_gelu'
+  layer_norm_eps: float = 1e-5
+
+  def __post_init__(self):
+    lines = []
+    if self.hidden_act not in _ACTIVATIONS:
+      lines.append(
+        f'hidden_act must be one of {tuple(_ACTIVATIONS)}, '
+        f'got {self.hidden_act!r}'
+      )
+    if self.hidden_size % self.num_attention_heads:
+      lines.append(
+        f'hidden_size {self.hidden_size} does not divide into '
+        f'{self.num_attention_heads} heads'
+      )
+    if self.image_size % self.patch_size:
+      lines.append(
+        f'image_size {self.image_size} does not divide into patches of '
+        f'{self.patch_size}'
+      )
+    if lines:
+      raise ValueError('\n  '.join(['a CLIP image tower:', *lines]))
+
+  @property
+  def num_tokens(self) -> int:
+    """Number of patches, and the class token."""
+    return (self.image_size // self.patch_size) ** 2 + 1
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Shape of one image, `(H, W, C)`."""
+    return (self.image_size, self.image_size, self.num_channels)
+
+
+def load_config(path: epath.PathLike) -> VisionConfig:
+  """Reads the sizes from a Hugging Face `config.json`.
+
+  Args:
+    path: of a `CLIPVisionModelWithProjection`'s or a whole CLIP's config.
+
+  Returns:
+    The sizes.
+
+  Raises:
+    ValueError: where the file is no such config; names what is missing.
+  """
+  try:
+    raw = json.loads(epath.Path(path).read_text())
+  except json.JSONDecodeError as e:
+    raise ValueError(f'{path} is not JSON: {e}') from e
+  raw = {**raw, **raw.get('vision_config', {})} | {
+    key: raw[key] for key in ('projection_dim',) if key in raw
+  }
+  fields = dataclasses.fields(VisionConfig)
+  missing = [
+    f.name
+    for f in fields
+    if f.default is dataclasses.MISSING and f.name not in raw
+  ]
+  if missing:
+    raise ValueError(f'{path} lacks {", ".join(missing)}')
+  return VisionConfig(**{f.name: raw[f.name] for f in fields if f.name in raw})
+
+
+def _preset(width: int, layers: int, patch: int, projection: int):
+  return VisionConfig(
+    hidden_size=width,
+    intermediate_size=4 * width,
+    num_hidden_layers=layers,
+    num_attention_heads=width // 64,
+    image_size=224,
+    patch_size=patch,
+    projection_dim=projection,
+  )
+
+
+VIT_B32 = _preset(768, 12, 32, 512)
+"""CLIP ViT-B/32's sizes."""
+
+VIT_B16 = _preset(768, 12, 16, 512)
+"""CLIP ViT-B/16's sizes."""
+
+VIT_L14 = _preset(1024, 24, 14, 768)
+"""CLIP ViT-L/14's sizes."""
+
+
+def normalize(images: jax.Array) -> jax.Array:
+  """Subtracts CLIP's mean and divides by its deviation.
+
+  Args:
+    images: `[..., 3]` in [0, 1].
+
+  Returns:
+    What `VisionTower` reads, of the same shape and dtype.
+  """
+  lead = (1,) * (images.ndim - 1)
+  mean = jnp.asarray(MEAN, images.dtype).reshape(*lead, 3)
+  std = jnp.asarray(STD, images.dtype).reshape(*lead, 3)
+  return (images - mean) / std
+
+
+class _Attention(nn.Module):
+  config: VisionConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Attends within each image; `[N * tokens, width]` to the same."""
+    c = self.config
+    heads, depth = c.num_attention_heads, c.hidden_size // c.num_attention_heads
+
+    def project(name):
+      y = nn.Dense(c.hidden_size, dtype=self.dtype, name=name)(x)
+      y = y.reshape(-1, c.num_tokens, heads, depth)
+      return jnp.swapaxes(y, 1, 2)
+
+    q, k, v = project('q_proj'), project('k_proj'), project('v_proj')
+    scores = jnp.einsum('nhqd,nhkd->nhqk', q * depth**-0.5, k)
+    wide = jnp.promote_types(scores.dtype, jnp.float32)
+    weights = jax.nn.softmax(scores.astype(wide)).astype(v.dtype)
+    y = jnp.swapaxes(jnp.einsum('nhqk,nhkd->nhqd', weights, v), 1, 2)
+    return nn.Dense(c.hidden_size, dtype=self.dtype, name='out_proj')(
+      y.reshape(x.shape)
+    )
+
+
+class _MLP(nn.Module):
+  config: VisionConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    x = nn.Dense(c.intermediate_size, dtype=self.dtype, name='fc1')(x)
+    x = _ACTIVATIONS[c.hidden_act](x)
+    return nn.Dense(c.hidden_size, dtype=self.dtype, name='fc2')(x)
+
+
+def _layer_norm(config: VisionConfig, dtype: Any, name: str) -> nn.LayerNorm:
+  return nn.LayerNorm(
+    epsilon=config.layer_norm_eps,
+    dtype=dtype,
+    use_fast_variance=False,
+    name=name,
+  )
+
+
+class _Block(nn.Module):
+  config: VisionConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c, dtype = self.config, self.dtype
+    y = _layer_norm(c, dtype, 'layer_norm1')(x)
+    x = x + _Attention(c, dtype, name='self_attn')(y)
+    y = _layer_norm(c, dtype, 'layer_norm2')(x)
+    return x + _MLP(c, dtype, name='mlp')(y)
+
+
+class _Embeddings(nn.Module):
+  config: VisionConfig
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    """Embeds pixels `[N, H, W, C]` as tokens `[N, tokens, width]`."""
+    c = self.config
+    init = nn.initializers.normal(0.02)
+    size, width = c.patch_size, c.hidden_size
+    kernel = self.param(
+      'patch_embedding', init, (size, size, c.num_channels, width)
+    )
+    token = self.param('class_embedding', init, (width,))
+    position = self.param('position_embedding', init, (c.num_tokens, width))
+    pixels, kernel, token, position = nn.dtypes.promote_dtype(
+      pixels, kernel, token, position, dtype=self.dtype
+    )
+    n, side = pixels.shape[0], c.image_size // size
+    # A product over patches; as a convolution it is slower on a CPU.
+    patches = pixels.reshape(n, side, size, side, size, c.num_channels)
+    patches = patches.swapaxes(2, 3).reshape(n * side * side, -1)
+    x = (patches @ kernel.reshape(-1, width)).reshape(n, -1, width)
+    token = jnp.broadcast_to(token, (n, 1, width))
+    return jnp.concatenate([token, x], axis=1) + position[None]
+
+
+class VisionTower(nn.Module):
+  """CLIP's image tower: normalised pixels to features.
+
+  Attributes:
+    config: its sizes.
+    dtype: of the computation, parameters keep theirs; None takes theirs.
+      Softmax, the statistics of layer norms and the features of a bfloat16
+      computation are float32.
+    scan_layers: compile one block and loop over it, which compiles faster by
+      about the number of layers. Parameters stay one leaf a tensor.
+  """
+
+  config: VisionConfig
+  dtype: Any = None
+  scan_layers: bool = False
+
+  @nn.compact
+  def __call__(self, pixels: jax.Array) -> jax.Array:
+    """Returns features `[N, projection_dim]`, not normalised.
+
+    Args:
+      pixels: `[N, H, W, C]` from `normalize`.
+
+    Raises:
+      ValueError: where images are not of the config's shape.
+    """
+    c, dtype = self.config, self.dtype
+    if pixels.shape[1:] != c.image_shape:
+      raise ValueError(
+        f'images are {list(pixels.shape[1:])}, the tower reads '
+        f'{list(c.image_shape)}'
+      )
+    x = _Embeddings(c, dtype, name='embeddings')(pixels)
+    # Products over [N * tokens, width] are faster on a CPU, backwards above
+    # all, than over [N, tokens, width].
+    x = x.reshape(-1, c.hidden_size)
+    x = _layer_norm(c, dtype, 'pre_layernorm')(x)
+    blocks = [
+      _Block(c, dtype, name=f'layers_{i}') for i in range(c.num_hidden_layers)
+    ]
+    if self.scan_layers and not self.is_initializing():
+      x = self._scan(blocks, x)
+    else:
+      for block in blocks:
+        x = block(x)
+    x = x.reshape(-1, c.num_tokens, c.hidden_size)[:, 0]
+    x = _layer_norm(c, dtype, 'post_layernorm')(x)
+    x = nn.Dense(
+      c.projection_dim, use_bias=False, dtype=dtype, name='visual_projection'
+    )(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+  def _scan(self, blocks: Sequence[_Block], x: jax.Array) -> jax.Array:
+    each = [block.variables['params'] for block in blocks]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+    block = _Block(self.config, self.dtype, parent=None)
+
+    def apply(x, params):
+      return block.apply({'params': params}, x), None
+
+    return jax.lax.scan(apply, x, stacked)[0]
+
+
+class Heads(NamedTuple):
+  """Frozen zero-shot heads of several tasks.
+
+  Attributes:
+    weights: `[T, D, L]`, a unit vector a class; zero where a task has fewer
+      than `L`.
+    mask: `[T, L]`, whether a task has the class.
+    scale: of the cosines.
+  """
+
+  weights: jax.Array
+  mask: jax.Array
+  scale: float = 100.0
+
+
+def stack_heads(heads: Sequence[np.ndarray], *, scale: float = 100.0) -> Heads:
+  """Pads heads to the largest number of classes.
+
+  Args:
+    heads: `[D, L_t]` a task.
+    scale: of the cosines, the exponential of CLIP's logit scale.
+
+  Returns:
+    The heads of all tasks.
+
+  Raises:
+    ValueError: where there is none, they disagree on `D`, or one has no class
+      or a value that is not finite.
+
+  Examples:
+    >>> stack_heads([np.eye(3, 2), np.eye(3)]).mask.tolist()
+    [[True, True, False], [True, True, True]]
+  """
+  lines = [
+    f'head {t} is {list(h.shape)}, want [D, classes] with at least one class'
+    for t, h in enumerate(heads)
+    if h.ndim != 2 or not h.shape[1]
+  ]
+  lines += [
+    f'head {t} has values that are not finite'
+    for t, h in enumerate(heads)
+    if not np.isfinite(h).all()
+  ]
+  if not lines and len({h.shape[0] for h in heads}) != 1:
+    lines = [f'feature sizes are {[h.shape[0] for h in heads]}, want one size']
+  if lines:
+    raise ValueError('\n  '.join(['zero-shot heads:', *lines]))
+  most = max(h.shape[1] for h in heads)
+  weights = np.stack(
+    [np.pad(h, ((0, 0), (0, most - h.shape[1]))) for h in heads]
+  )
+  mask = np.stack([np.arange(most) < h.shape[1] for h in heads])
+  return Heads(jnp.asarray(weights), jnp.asarray(mask), scale)
+
+
+def unit(features: jax.Array) -> jax.Array:
+  """Divides by the Euclidean norm over the last axis."""
+  return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
+def zero_shot(
+  features_fn: Callable[[Params, jax.Array], jax.Array], heads: Heads
+) -> LogitsFn:
+  """Makes logits for the images of all tasks from one forward pass.
+
+  Args:
+    features_fn: `(params, pixels [N, H, W, C]) -> features [N, D]`.
+    heads: of the tasks.
+
+  Returns:
+    `(params, pixels [T, B, H, W, C]) -> logits [T, B, L]`, the scaled cosines
+    of features and classes.
+  """
+
+  def logits_fn(params, images):
+    flat = images.reshape(-1, *images.shape[2:])
+    features = unit(features_fn(params, flat)).reshape(*images.shape[:2], -1)
+    cosines = jnp.einsum(
+      'tbd,tdl->tbl', features, heads.weights.astype(features.dtype)
+    )
+    return jnp.where(heads.mask[:, None], heads.scale * cosines, MASKED_LOGIT)
+
+  return logits_fn
