@@ -1,0 +1,201 @@
+"""Transformations of task vectors that reduce the task axis to one update.
+
+Each is an optax `GradientTransformation` from leaves `[K, *param_shape]` to
+`[*param_shape]`. Sums over experts are written out, one fused pass: a sum over
+the stacked axis is up to 40 times slower in XLA on a CPU.
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+import optax
+
+from dam_jax import transforms
+from dam_jax import tree
+
+MERGES = ('mean', 'sum', 'max')
+"""How `elect_mean` merges the entries that agree."""
+
+
+def _sum(terms: jax.Array | Sequence[jax.Array]) -> jax.Array:
+  return functools.reduce(jnp.add, terms)
+
+
+def mean() -> optax.GradientTransformation:
+  """Averages the task vectors.
+
+  Examples:
+    >>> mean().update({'w': jnp.array([[1.], [3.]])}, None)[0]['w'].tolist()
+    [2.0]
+  """
+  return optax.stateless(
+    lambda updates, params=None: jax.tree.map(
+      lambda x: (
+        _sum(x) / x.shape[0] if jnp.issubdtype(x.dtype, jnp.floating) else x[0]
+      ),
+      updates,
+    )
+  )
+
+
+def weighted_sum(
+  weights: ArrayLike | Sequence[float] = 1.0,
+) -> optax.GradientTransformation:
+  """Sums the task vectors, `sum_t w_t tau_t`.
+
+  Args:
+    weights: `[K]`, or one for all; may be traced.
+
+  Returns:
+    The transformation.
+
+  Raises:
+    ValueError: at update, where the number of weights is not that of tasks or
+      one is not finite.
+
+  Examples:
+    >>> deltas = {'w': jnp.array([[1.], [3.]])}
+    >>> weighted_sum([1., 0.5]).update(deltas, None)[0]['w'].tolist()
+    [2.5]
+  """
+
+  def sum_fn(updates, params=None):
+    del params
+    transforms.check_weights(weights, updates)
+
+    def leaf_fn(x):
+      if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x[0]
+      w = jnp.broadcast_to(jnp.asarray(weights, x.dtype), x.shape[:1])
+      return _sum([w[k] * x[k] for k in range(x.shape[0])])
+
+    return jax.tree.map(leaf_fn, updates)
+
+  return optax.stateless(sum_fn)
+
+
+def elect_mean(
+  merge: str = 'mean', *, weights: ArrayLike | Sequence[float] = 1.0
+) -> optax.GradientTransformation:
+  """Elects a sign for each entry and merges the entries that have it.
+
+  The sign is that of `sum_t tau_t`; where that is zero, the sign that most
+  entries of the whole model have.
+
+  Args:
+    merge: 'mean' of the entries that are not zero, 'sum', or 'max' by
+      magnitude.
+    weights: `[K]`, or one for all, applied after the election; may be traced.
+
+  Returns:
+    The transformation.
+
+  Raises:
+    ValueError: where merge is none of those; at update, where the number of
+      weights is not that of tasks or one is not finite.
+
+  Examples:
+    >>> deltas = {'w': jnp.array([[3., -1.], [1., -2.], [-1., 0.]])}
+    >>> elect_mean().update(deltas, None)[0]['w'].tolist()
+    [2.0, -1.5]
+
+  References:
+    Yadav et al., `TIES-Merging: Resolving Interference When Merging Models
+    <https://arxiv.org/abs/2306.01708>`_, 2023
+  """
+  if merge not in MERGES:
+    raise ValueError(f'merge must be one of {MERGES}, got {merge!r}')
+
+  def elect_fn(updates, params=None):
+    del params
+    transforms.check_weights(weights, updates)
+    flat = tree.ravel(updates, leading=1)
+    tau = flat.vector
+    w = jnp.broadcast_to(jnp.asarray(weights, tau.dtype), tau.shape[:1])
+    sign = jnp.sign(_sum(tau))
+    sign = jnp.where(sign == 0, jnp.sign(jnp.sum(sign)), sign)
+    agree = [jnp.where(sign > 0, t > 0, t < 0) for t in tau]
+    kept = [jnp.where(a, w[k] * tau[k], 0) for k, a in enumerate(agree)]
+    if merge == 'max':
+      merged = functools.reduce(
+        lambda a, b: jnp.where(jnp.abs(a) >= jnp.abs(b), a, b), kept
+      )
+    else:
+      merged = _sum(kept)
+    if merge == 'mean':
+      merged /= jnp.maximum(_sum([a.astype(tau.dtype) for a in agree]), 1)
+    rest = tuple(x[0] for x in flat.rest)
+    return tree.Raveled(merged, rest, flat.layout).unravel()
+
+  return optax.stateless(elect_fn)
+
+
+def slerp(
+  t: ArrayLike = 0.5, *, parallel: float = 0.9995
+) -> optax.GradientTransformation:
+  """Interpolates two models on the sphere, leaf by leaf.
+
+  `sin((1-t) W) / sin W a + sin(t W) / sin W b`, where `W` is the angle between
+  the weights `a` and `b`; linear where they are nearly parallel.
+
+  Args:
+    t: 0 gives the first model, 1 the second; may be traced.
+    parallel: magnitude of the cosine above which to interpolate linearly.
+
+  Returns:
+    The transformation; its update needs the base's parameters.
+
+  Raises:
+    ValueError: at update, where there are not two experts or no parameters.
+
+  References:
+    Shoemake, `Animating rotation with quaternion curves
+    <https://doi.org/10.1145/325165.325242>`_, 1985
+  """
+
+  def leaf_fn(x, p):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x[0]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    p, x = p.astype(wide), x.astype(wide)
+    a, b, s = p + x[0], p + x[1], jnp.asarray(t, wide)
+    norm = jnp.linalg.norm(a) * jnp.linalg.norm(b)
+    cosine = jnp.vdot(a, b) / jnp.where(norm > 0, norm, 1)
+    linear = (jnp.abs(cosine) > parallel) | (norm == 0)
+    angle = jnp.arccos(jnp.where(linear, 0, cosine))
+    first = jnp.where(linear, 1 - s, jnp.sin((1 - s) * angle) / jnp.sin(angle))
+    second = jnp.where(linear, s, jnp.sin(s * angle) / jnp.sin(angle))
+    # Of the weights, as a change of the base: at equal weights it is zero.
+    return first * x[0] + second * x[1] + (first + second - 1) * p
+
+  def slerp_fn(updates, params=None):
+    num = jax.tree.leaves(updates)[0].shape[0]
+    if num != 2:
+      raise ValueError(f'slerp interpolates 2 experts, got {num}')
+    if params is None:
+      raise ValueError('slerp interpolates weights: pass params to update')
+    out = jax.tree.map(leaf_fn, updates, params)
+    return jax.tree.map(lambda o, x: o.astype(x.dtype), out, updates)
+
+  return optax.stateless(slerp_fn)
+
+
+def keep_base() -> optax.GradientTransformation:
+  """Changes nothing: the update is zero, without a task axis.
+
+  `optax.set_to_zero` would keep the task axis.
+
+  Examples:
+    >>> keep_base().update({'w': jnp.ones((2, 1))}, None)[0]['w'].tolist()
+    [0.0]
+  """
+
+  def zero_fn(updates: Any, params: Any = None):
+    del params
+    return jax.tree.map(lambda x: jnp.zeros_like(x[0]), updates)
+
+  return optax.stateless(zero_fn)
