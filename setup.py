@@ -41,6 +41,7 @@ TEST = [
   *DATA,
   *EXPERIMENTS,
   'hypothesis>=6.100.0',
+  'pillow>=10.3',
   'pyrefly==1.4.*',
   'pytest>=8.2.0',
   'ruff==0.17.*',

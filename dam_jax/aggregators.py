@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+import numpy as np
 import optax
 
 from dam_jax import transforms
@@ -160,7 +161,7 @@ def slerp(
   def leaf_fn(x, p):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       return x[0]
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = np.promote_types(x.dtype, np.float32)
     p, x = p.astype(wide), x.astype(wide)
     a, b, s = p + x[0], p + x[1], jnp.asarray(t, wide)
     norm = jnp.linalg.norm(a) * jnp.linalg.norm(b)

@@ -57,16 +57,17 @@ class Merger(NamedTuple):
 
   Attributes:
     init: `(key, base, experts) -> state`; copies what it keeps, so that a
-      donated state never deletes the caller's arrays.
+      donated state never deletes the caller's arrays. Base and experts are
+      pytrees, or both raveled by `dam_jax.tree.ravel`.
     step: `(state, base, experts, batch) -> (state, metrics)`; types and shapes
       of the state never change.
     finalize: `(state, base, experts) -> params`.
     plan: what the steps read.
   """
 
-  init: Callable[[jax.Array, Params, Params], Any]
-  step: Callable[[Any, Params, Params, Batch], tuple[Any, Metrics]]
-  finalize: Callable[[Any, Params, Params], Params]
+  init: Callable[[jax.Array, Any, Any], Any]
+  step: Callable[[Any, Any, Any, Batch], tuple[Any, Metrics]]
+  finalize: Callable[[Any, Any, Any], Params]
   plan: Plan = Plan()
 
 
@@ -102,8 +103,8 @@ def merge(
   tx = optax.with_extra_args_support(tx)
   state = tx.init(base) if state is None else state
   deltas = tree.task_vectors(base, experts)
-  delta, state = tx.update(deltas, state, base, **extra_args)
-  return MergeResult(tree.apply_delta(base, delta), state)
+  updates, state = tx.update(deltas, state, base, **extra_args)
+  return MergeResult(tree.apply_delta(base, updates), state)
 
 
 def chain(
@@ -185,7 +186,7 @@ def from_transform(tx: optax.GradientTransformation) -> Merger:
 
 def scan_steps(
   merger: Merger, batch_fn: Callable[[Any, Any], Batch] | None = None
-) -> Callable[..., tuple[Any, Metrics]]:
+) -> jax.stages.Wrapped:
   """Makes one compiled program of many steps, its state donated.
 
   Args:

@@ -401,7 +401,7 @@ def save_state(path: epath.PathLike, state: Any) -> None:
     path: of a folder, replaced where it exists.
     state: a pytree of arrays; typed PRNG keys are kept as their data.
   """
-  import orbax.checkpoint.v1 as ocp  # slow to import, and rarely needed
+  from orbax.checkpoint import v1 as ocp  # slow to import, rarely needed
 
   ocp.save_pytree(epath.Path(path).resolve(), _key_data(state), overwrite=True)
 
@@ -420,7 +420,7 @@ def restore_state(path: epath.PathLike, like: Any) -> Any:
   Raises:
     ValueError: where there is no such folder.
   """
-  import orbax.checkpoint.v1 as ocp
+  from orbax.checkpoint import v1 as ocp
 
   path = epath.Path(path).resolve()
   if not path.exists():

@@ -8,6 +8,8 @@ published AWM and SAU use labels. Pass the merged model as the only expert:
   experts = dj.tree.stack([merged])
 """
 
+from typing import Any
+
 import optax
 
 from dam_jax import perturbations
@@ -78,7 +80,7 @@ def repo_awm(
   )
 
 
-def repo_sau(logits_fn: LogitsFn, **options) -> Merger:
+def repo_sau(logits_fn: LogitsFn, **options: Any) -> Merger:
   """Shared adversarial unlearning as the DAM repository has it.
 
   `repo_awm` with SAU's terms: the perturbation prefers examples on which the
@@ -96,4 +98,5 @@ def repo_sau(logits_fn: LogitsFn, **options) -> Merger:
     Unlearning Shared Adversarial Examples
     <https://arxiv.org/abs/2307.10562>`_, 2023
   """
-  return repo_awm(logits_fn, **{'shared': Shared(), **options})
+  options.setdefault('shared', Shared())
+  return repo_awm(logits_fn, **options)

@@ -295,17 +295,7 @@ def dam_paper(
     via Safety-Aware Subspace <https://arxiv.org/abs/2410.13910>`_, 2025
   """
   specs = {'shared': shared_mask, 'safety': safety_mask}
-  masks = tuple(masks)
-  if not masks or len(set(masks)) < len(masks) or not set(masks) <= set(specs):
-    raise ValueError(
-      f'masks must be one or both of {tuple(specs)}, got {masks}'
-    )
-  if update not in ('alternate', 'joint'):
-    raise ValueError(f"update must be 'alternate' or 'joint', got {update!r}")
-  if update == 'joint' or len(masks) == 1:
-    updates = [(masks, 1.0, safety_weight)]
-  else:
-    updates = [(('safety',), 0.0, 1.0), (('shared',), 1.0, 0.0)]
+  updates = _paper_updates(tuple(masks), update, safety_weight)
   fixed = granularity == 'arithmetic'
   spec = MetaSpec(
     coefficients=Coefficients(
@@ -331,6 +321,17 @@ def dam_paper(
     final=final,
   )
   return meta_merger(logits_fn, spec, preprocess_fn=preprocess_fn)
+
+
+def _paper_updates(masks: tuple[str, ...], update: str, safety_weight: float):
+  allowed = ('shared', 'safety')
+  if not masks or len({*masks}) < len(masks) or not {*masks} <= {*allowed}:
+    raise ValueError(f'masks must be one or both of {allowed}, got {masks}')
+  if update not in ('alternate', 'joint'):
+    raise ValueError(f"update must be 'alternate' or 'joint', got {update!r}")
+  if update == 'joint' or len(masks) == 1:
+    return [(masks, 1.0, safety_weight)]
+  return [(('safety',), 0.0, 1.0), (('shared',), 1.0, 0.0)]
 
 
 def dam_robust(

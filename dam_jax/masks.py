@@ -8,7 +8,7 @@ and a `Mask` that says how they become multipliers.
   [0.5, 0.5]
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 
@@ -20,6 +20,19 @@ from dam_jax.tree import Layout
 
 KINDS = ('expected', 'mode', 'sample')
 """What a mask can be once its logits are learned."""
+
+
+def uniform(key: jax.Array, step: jax.Array, like: jax.Array) -> jax.Array:
+  """Draws a step's U[0, 1) like an array.
+
+  Args:
+    key: of the mask.
+    step: [] number of the step.
+    like: whose shape and dtype to give.
+  """
+  return jax.random.uniform(
+    jax.random.fold_in(key, step), like.shape, like.dtype
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +47,8 @@ class Mask:
       their length; a number multiplies by it.
     per_task: one mask `[K, P]` for each expert, not one `[P]` for all.
     tx: optax transformation that learns the logits.
+    uniform_fn: `(key, step, like) -> U[0, 1)` like `like`, what the samples
+      are made of.
   """
 
   init: float = 0.0
@@ -41,6 +56,7 @@ class Mask:
   rescale: str | float = 'mean'
   per_task: bool = False
   tx: optax.GradientTransformation = optax.adam(1e-3)
+  uniform_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = uniform
 
   def __post_init__(self):
     if self.temperature is not None and not self.temperature > 0:
@@ -115,9 +131,7 @@ def leaf_means(mask: jax.Array, layout: Layout) -> jax.Array:
   return jnp.concatenate([jnp.mean(g, axis=-1) for g in groups], axis=-1)
 
 
-def value(
-  mask: Mask, logits: jax.Array, uniform: jax.Array | None
-) -> jax.Array:
+def value(mask: Mask, logits: jax.Array, uniform: jax.Array) -> jax.Array:
   """Returns the mask while it is being learned: a sample or its expectation.
 
   Args:
@@ -134,7 +148,7 @@ def value(
 
 
 def final_value(
-  mask: Mask, logits: jax.Array, uniform: jax.Array | None, kind: str
+  mask: Mask, logits: jax.Array, uniform: jax.Array, kind: str
 ) -> jax.Array:
   """Returns the mask once it is learned.
 
@@ -163,7 +177,7 @@ def leaf_scale(mask: Mask, m: jax.Array, layout: Layout) -> jax.Array:
   Returns:
     `[..., leaves]`; 1 for a leaf whose mask is zero everywhere.
   """
-  if mask.rescale == 'mean':
+  if isinstance(mask.rescale, str):
     means = leaf_means(m, layout)
     return 1 / jnp.where(means > 0, means, 1)
   return jnp.full((*m.shape[:-1], len(layout.names)), mask.rescale, m.dtype)
@@ -202,7 +216,8 @@ def masked_sum(
     s = scale[:, start : start + group.shape[1], None]
     start += group.shape[1]
     # A sum over a stacked axis is up to 40 times slower in XLA on a CPU.
-    sums.append(sum(s[k] * group[k] for k in range(num)).reshape(-1))
+    terms = [s[k] * group[k] for k in range(num)]
+    sums.append(functools.reduce(jnp.add, terms).reshape(-1))
   return functools.reduce(jnp.multiply, shared, jnp.concatenate(sums))
 
 

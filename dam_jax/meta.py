@@ -75,28 +75,18 @@ class _Model(NamedTuple):
   deltas: jax.Array
 
 
-def _model(base: Params, experts: Params) -> _Model:
-  raveled = (
-    isinstance(base, tree.Raveled),
-    isinstance(experts, tree.Raveled),
-  )
-  if not any(raveled):
+def _model(base: Any, experts: Any) -> _Model:
+  if not any(isinstance(x, tree.Raveled) for x in (base, experts)):
     tree.check_stacked(base, experts)
-  base, experts = tree.ravel(base), tree.ravel(experts, leading=1)
-  if base.layout != experts.layout:
+  flat, stacked = tree.ravel(base), tree.ravel(experts, leading=1)
+  if flat.layout != stacked.layout:
     raise ValueError('base and experts were raveled from different pytrees')
-  return _Model(base, experts.vector - base.vector)
+  return _Model(flat, stacked.vector - flat.vector[None])
 
 
 def identity(images: jax.Array) -> jax.Array:
   """Preprocesses nothing."""
   return images
-
-
-def _uniform(key: jax.Array, step: jax.Array, like: jax.Array) -> jax.Array:
-  return jax.random.uniform(
-    jax.random.fold_in(key, step), like.shape, like.dtype
-  )
 
 
 def meta_merger(
@@ -105,7 +95,6 @@ def meta_merger(
   *,
   preprocess_fn: PreprocessFn = identity,
   num_tasks: int | None = None,
-  uniform_fn: Any = _uniform,
 ) -> Merger:
   """Makes the merger that a spec describes.
 
@@ -114,14 +103,12 @@ def meta_merger(
     spec: which parts the step has.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
     num_tasks: `T`; None takes the number of experts.
-    uniform_fn: `(key, step, like) -> U[0, 1)` like `like`, the randomness of
-      the masks' samples.
 
   Returns:
     A merger over `Batch`es; its metrics are `phase/loss` `[T]` and more, NaN in
     steps that lack the phase, and `finite` [].
   """
-  engine = _Engine(logits_fn, spec, preprocess_fn, num_tasks, uniform_fn)
+  engine = _Engine(logits_fn, spec, preprocess_fn, num_tasks)
   return Merger(engine.init, engine.step, engine.finalize, spec.plan())
 
 
@@ -133,7 +120,6 @@ class _Engine:
   spec: MetaSpec
   preprocess_fn: PreprocessFn
   num_tasks: int | None
-  uniform_fn: Any
 
   def init(self, key: jax.Array, base: Params, experts: Params) -> MetaState:
     """Returns the state before the first step."""
@@ -196,10 +182,10 @@ class _Engine:
   def _uniforms(self, state, step):
     """Draws one uniform a mask and parameter."""
     return {
-      name: self.uniform_fn(
+      name: m.uniform_fn(
         jax.random.fold_in(state.key, i), step, state.masks[name]
       )
-      for i, name in enumerate(self.spec.masks)
+      for i, (name, m) in enumerate(self.spec.masks.items())
     }
 
   def _values(self, logits, uniforms):
@@ -245,6 +231,7 @@ class _Engine:
       each = self._clean(model, theta, images, references)
       return jnp.sum(each), each
 
+    assert c.inner_tx is not None
     grad, each = jax.grad(objective, has_aux=True)(at)
     grad = grad + state.leak if c.leak else grad
     updates, inner_state = c.inner_tx.update(grad, state.inner_state, start)
@@ -253,6 +240,7 @@ class _Engine:
   def _ascend(self, state, model, theta, batch: Batch):
     """Moves the adversary whose turn it is; no gradient in the weights."""
     r, adversary = self.spec, self.spec.adversary
+    assert adversary is not None
     turn = state.count % adversary.restarts
     own = jax.tree.map(
       lambda x: x[turn], (state.adversary, state.adversary_state)
@@ -315,7 +303,7 @@ class _Engine:
     (images, references), (safe_images, safe_references) = draws[0], draws[-1]
     needs_clean = clean or r.shared or r.safety_loss == 'consistency'
     views = [self.preprocess_fn(images)] if needs_clean else []
-    if safety:
+    if safety and r.adversary is not None:
       turn = state.count % r.adversary.restarts
       own = jax.tree.map(lambda x: x[turn], state.adversary)
       views.append(r.adversary.perturb(own, safe_images, True))
@@ -449,7 +437,7 @@ class _Engine:
     coefficients = state.coefficients
     if c.inner_tx is not None:
       coefficients = jnp.where(first, c.init, coefficients)
-    if r.coefficient_safety:
+    if r.coefficient_safety and r.adversary is not None:
       theta = self._combine(model, coefficients, values)
       state, measured = self._ascend(
         state, model, theta, draws.many(r.adversary.ascents)

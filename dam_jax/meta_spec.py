@@ -27,6 +27,14 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     raise ValueError(f'{name} must be one of {allowed}, got {value!r}')
 
 
+def _given(references: jax.Array | None) -> jax.Array:
+  if references is None:
+    raise ValueError(
+      "this merge reads the experts' predictions: give Batch.references"
+    )
+  return references
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coefficients:
   """The weights of the task vectors.
@@ -135,6 +143,10 @@ class MetaSpec:
         "safety_loss='consistency' compares with the clean image of the same "
         'draw: own_images must be False'
       )
+    if self.adversary is None and (
+      self.coefficient_safety or any(safety for *_, safety in self.updates)
+    ):
+      raise ValueError('a safety loss needs an adversary')
     unknown = {n for group, _, _ in self.updates for n in group}
     unknown -= set(self.masks)
     if unknown:
@@ -185,8 +197,10 @@ class MetaSpec:
   def clean(self, logits: jax.Array, references: jax.Array | None) -> jax.Array:
     """Returns the clean loss `[T]` of logits `[T, B, L]`."""
     if self.clean_loss == 'entropy':
-      return jnp.mean(losses.entropy(logits), axis=-1)
-    return jnp.mean(losses.cross_entropy(logits, references), axis=-1)
+      each = losses.entropy(logits)
+    else:
+      each = losses.cross_entropy(logits, _given(references))
+    return jnp.mean(each, axis=-1)
 
   def safety(
     self,
@@ -200,5 +214,5 @@ class MetaSpec:
     elif self.safety_loss == 'consistency':
       each = losses.cross_entropy(logits, jnp.argmax(clean_logits, axis=-1))
     else:
-      each = losses.cross_entropy(logits, references)
+      each = losses.cross_entropy(logits, _given(references))
     return jnp.mean(each, axis=-1)

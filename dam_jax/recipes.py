@@ -14,6 +14,8 @@ Hyper-parameters that are numbers may be traced, so `jax.vmap` sweeps them.
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 import optax
@@ -81,11 +83,15 @@ def weighted_average(
   if normalize:
     return aggregators.weighted_sum(w / total)
   tx = aggregators.weighted_sum(w)
+  excess = float(total - 1)
+
+  def leaf_fn(x, p):
+    return x + excess * p if jnp.issubdtype(x.dtype, jnp.floating) else x
 
   def sum_fn(updates, params=None):
     # sum_t w_t (theta_0 + tau_t) is theta_0 plus this.
-    out, _ = tx.update(updates, tx.init(params), params)
-    return optax.tree.add_scale(out, total - 1, params)
+    out, _ = tx.update(updates, optax.EmptyState(), params)
+    return jax.tree.map(leaf_fn, out, params)
 
   return optax.stateless(sum_fn)
 

@@ -34,11 +34,11 @@ def _share(name: str, value: ArrayLike, *, zero: bool, one: bool) -> None:
   """Raises unless a concrete value lies between 0 and 1."""
   if not is_concrete(value):
     return
-  value = float(value)
-  inside = 0 < value < 1 or (zero and value == 0) or (one and value == 1)
+  number = np.asarray(value).item()
+  inside = 0 < number < 1 or (zero and number == 0) or (one and number == 1)
   if not inside:
     left, right = '[' if zero else '(', ']' if one else ')'
-    raise ValueError(f'{name} must be in {left}0, 1{right}, got {value}')
+    raise ValueError(f'{name} must be in {left}0, 1{right}, got {number}')
 
 
 def _keep_largest(vector: jax.Array, density: ArrayLike) -> jax.Array:
@@ -46,7 +46,7 @@ def _keep_largest(vector: jax.Array, density: ArrayLike) -> jax.Array:
   size = vector.shape[-1]
   magnitude = jnp.abs(vector)
   if is_concrete(density):
-    rank = size - math.floor(float(density) * size)
+    rank = size - math.floor(np.asarray(density).item() * size)
   else:
     rank = size - jnp.floor(density * size).astype(jnp.int32)
   ordered = jnp.sort(magnitude, axis=-1)

@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from dam_jax.typing import Deltas, Params
 
@@ -77,7 +78,7 @@ def _describe(x: Any) -> str:
 
 
 def differences(
-  want: Params, got: Params, *, leading: int = 0, dtypes: bool = True
+  want: Any, got: Any, *, leading: int = 0, dtypes: bool = True
 ) -> list[str]:
   """Lists every difference in names, shapes and dtypes of two pytrees.
 
@@ -230,7 +231,7 @@ def task_vectors(base: Params, experts: Params) -> Deltas:
   )
 
 
-def apply_delta(base: Params, delta: Params) -> Params:
+def apply_delta(base: Params, delta: optax.Updates) -> Params:
   """Adds a merged update to the base, keeping the base's dtypes.
 
   Args:

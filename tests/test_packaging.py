@@ -22,7 +22,6 @@ LAYERS = (
   ('tree',),
   ('base',),
   (
-    'aggregators',
     'losses',
     'masks',
     'perturbations',
@@ -30,6 +29,7 @@ LAYERS = (
     'statistics',
     'transforms',
   ),
+  ('aggregators',),
   ('meta_spec',),
   ('meta',),
   ('defences', 'learned', 'recipes'),

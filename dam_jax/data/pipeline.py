@@ -204,13 +204,13 @@ def references(
     pixels = pixels.astype(jnp.float32) / 255
     return jax.nn.softmax(task_logits_fn(expert, task, pixels))
 
-  out = None
+  zero = jnp.zeros([], jnp.int32)
+  num_classes = jax.eval_shape(predict, experts, zero, zero).shape[-1]
+  out = np.zeros((num_tasks, num_images, num_classes), np.float32)
   for task, size in enumerate(sizes):
     for start in range(0, size, batch):
       start = max(0, min(start, size - batch))
-      p = np.asarray(predict(experts, jnp.int32(task), jnp.int32(start)))
-      if out is None:
-        out = np.zeros((num_tasks, num_images, p.shape[-1]), np.float32)
-      out[task, start : start + batch] = p
+      p = predict(experts, jnp.int32(task), jnp.int32(start))
+      out[task, start : start + batch] = np.asarray(p)
     out[task, size:] = 0
   return jnp.asarray(out)

@@ -194,7 +194,7 @@ class _Attention(nn.Module):
 
     q, k, v = project('q_proj'), project('k_proj'), project('v_proj')
     scores = jnp.einsum('nhqd,nhkd->nhqk', q * depth**-0.5, k)
-    wide = jnp.promote_types(scores.dtype, jnp.float32)
+    wide = np.promote_types(scores.dtype, np.float32)
     weights = jax.nn.softmax(scores.astype(wide)).astype(v.dtype)
     y = jnp.swapaxes(jnp.einsum('nhqk,nhkd->nhqd', weights, v), 1, 2)
     return nn.Dense(c.hidden_size, dtype=self.dtype, name='out_proj')(
@@ -313,14 +313,14 @@ class VisionTower(nn.Module):
     x = nn.Dense(
       c.projection_dim, use_bias=False, dtype=dtype, name='visual_projection'
     )(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(np.promote_types(x.dtype, np.float32))
 
   def _scan(self, blocks: Sequence[_Block], x: jax.Array) -> jax.Array:
     each = [block.variables['params'] for block in blocks]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     block = _Block(self.config, self.dtype, parent=None)
 
-    def apply(x, params):
+    def apply(x, params) -> tuple[Any, None]:
       return block.apply({'params': params}, x), None
 
     return jax.lax.scan(apply, x, stacked)[0]
