@@ -1,0 +1,369 @@
+"""The contract that every merge without data passes, from one table."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import dam_jax as dj
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+  """What the contract needs to know about one merge.
+
+  Attributes:
+    tx: the transformation.
+    num: number of experts.
+    sweep: from a numeric hyper-parameter to the transformation, if it has one.
+    permuted: the transformation for experts in another order; None where the
+      draws depend on it.
+    same: a transformation of this kind that gives the expert which all are.
+  """
+
+  tx: optax.GradientTransformation
+  num: int = 3
+  sweep: Callable | None = None
+  permuted: Callable | None = None
+  same: optax.GradientTransformation | None = None
+
+  @functools.cached_property
+  def merge(self):
+    return jax.jit(functools.partial(dj.merge, self.tx))
+
+
+def symmetric(tx, **options):
+  return Method(tx=tx, permuted=lambda order: tx, **options)
+
+
+def weighted(weights, *, normalize):
+  def make(order):
+    return dj.weighted_average(weights[order], normalize=normalize)
+
+  tx = make(np.arange(3))
+  return Method(tx=tx, permuted=make, same=tx)
+
+
+def ties(merge, scope):
+  make = functools.partial(dj.ties, merge=merge, scope=scope)
+  return symmetric(
+    make(0.5, 0.4),
+    sweep=functools.partial(make, 0.5),
+    same=make(1.0, 1 / 3 if merge == 'sum' else 1.0),
+  )
+
+
+def partition(scale):
+  def label(params):
+    rules = [('.*head.*', 'keep')]
+    return dj.tree.label_by_path(params, rules, default='merge')
+
+  return optax.partition(
+    {'merge': dj.task_arithmetic(scale), 'keep': dj.keep_base()}, label
+  )
+
+
+METHODS = {
+  'average': symmetric(dj.average(), same=dj.average()),
+  'weighted_average': weighted(np.array([3.0, 2.0, 1.0]), normalize=True),
+  'weighted_sum': weighted(np.array([0.5, 0.25, 0.25]), normalize=False),
+  'task_arithmetic': symmetric(
+    dj.task_arithmetic(0.3),
+    sweep=dj.task_arithmetic,
+    same=dj.task_arithmetic(1 / 3),
+  ),
+  'ties': ties('mean', 'model'),
+  'ties_leaf': ties('mean', 'leaf'),
+  'ties_sum': ties('sum', 'model'),
+  'ties_max': symmetric(dj.ties(0.25, merge='max'), sweep=dj.ties),
+  'dare': Method(tx=dj.dare(0.5, 0.3), sweep=dj.dare),
+  'dare_ties': Method(
+    tx=dj.dare(0.5, rescale=False, seed=1, then=dj.ties(0.5))
+  ),
+  'slerp': Method(
+    tx=dj.slerp(0.25),
+    num=2,
+    sweep=dj.slerp,
+    permuted=lambda order: dj.slerp(0.25 if order[0] == 0 else 0.75),
+    same=dj.slerp(0.25),
+  ),
+  'partition': symmetric(partition(0.3), sweep=partition),
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request):
+  return METHODS[request.param]
+
+
+def those_with(field):
+  """Runs a test for the methods of which this field is known."""
+  names = [n for n, m in METHODS.items() if getattr(m, field) is not None]
+  return pytest.mark.parametrize('method', names, indirect=True)
+
+
+def make_params(seed):
+  """Returns parameters of three kinds and two floating-point dtypes."""
+  rng = np.random.default_rng(seed)
+  return {
+    'body': {
+      'kernel': jnp.asarray(rng.normal(size=(16, 3)), jnp.float32),
+      'bias': jnp.asarray(rng.normal(size=8), jnp.bfloat16),
+    },
+    'head': jnp.asarray(rng.normal(size=(8, 2)), jnp.float32),
+    'step': jnp.array([seed, 7]),
+  }
+
+
+BASE = make_params(0)
+EXPERTS = {
+  num: dj.tree.stack([make_params(1 + k) for k in range(num)]) for num in (2, 3)
+}
+
+
+def assert_close(got, want):
+  """Raises unless types agree, and values up to some roundings."""
+  chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    exact = not jnp.issubdtype(g.dtype, jnp.floating)
+    tolerance = 0 if exact else 16 * float(jnp.finfo(g.dtype).eps)
+    np.testing.assert_allclose(
+      np.asarray(g, np.float64),
+      np.asarray(w, np.float64),
+      rtol=tolerance,
+      atol=tolerance,
+    )
+
+
+def test_jit_gives_what_eager_gives(method):
+  experts = EXPERTS[method.num]
+  eager = dj.merge(method.tx, BASE, experts).params
+  assert_close(method.merge(BASE, experts).params, eager)
+  moved = eager['body']['kernel'] - BASE['body']['kernel']
+  assert jnp.abs(moved).max() > 0.1
+
+
+def test_compiles_once_for_new_values_and_states(method):
+  traces = 0
+
+  @jax.jit
+  def merge(base, experts, state):
+    nonlocal traces
+    traces += 1
+    return dj.merge(method.tx, base, experts, state=state)
+
+  experts, state = EXPERTS[method.num], method.tx.init(BASE)
+  state = merge(BASE, experts, state).state
+  merge(make_params(5), jax.tree.map(lambda x: x + x, experts), state)
+  assert traces == 1
+
+
+@those_with('sweep')
+def test_vmap_over_a_hyperparameter_gives_what_a_loop_gives(method):
+  def merge(value):
+    return dj.merge(method.sweep(value), BASE, EXPERTS[method.num]).params
+
+  values = (0.25, 0.5, 0.75)
+  swept = jax.jit(jax.vmap(merge))(jnp.array(values))
+  for i, value in enumerate(values):
+    assert_close(jax.tree.map(lambda x, i=i: x[i], swept), merge(value))
+
+
+def test_keeps_structure_dtypes_and_integers(method):
+  merged = method.merge(BASE, EXPERTS[method.num]).params
+  chex.assert_trees_all_equal_shapes_and_dtypes(merged, BASE)
+  np.testing.assert_array_equal(merged['step'], BASE['step'])
+  assert not any(x.weak_type for x in jax.tree.leaves(merged))
+
+
+def test_state_keeps_its_type(method):
+  before = jax.eval_shape(method.tx.init, BASE)
+  after = jax.eval_shape(method.merge, BASE, EXPERTS[method.num]).state
+  assert after == before
+
+
+def test_shapes_need_no_arrays(method):
+  base, experts = jax.eval_shape(lambda: (BASE, EXPERTS[method.num]))
+  state = jax.eval_shape(method.tx.init, base)
+  assert state == jax.eval_shape(lambda: method.tx.init(BASE))
+  assert jax.eval_shape(method.merge, base, experts).params == base
+
+
+def test_no_task_vectors_give_the_base_bit_for_bit(method):
+  experts = dj.tree.stack([BASE] * method.num)
+  chex.assert_trees_all_equal(method.merge(BASE, experts).params, BASE)
+
+
+@those_with('same')
+def test_identical_experts_give_that_expert(method):
+  expert = make_params(1)
+  merged = dj.merge(method.same, BASE, dj.tree.stack([expert] * method.num))
+  assert_close(merged.params, {**expert, 'step': BASE['step']})
+
+
+@those_with('permuted')
+def test_order_of_experts_does_not_matter(method):
+  experts, order = EXPERTS[method.num], np.roll(np.arange(method.num), 1)
+  rolled = jax.tree.map(lambda x: x[order], experts)
+  assert_close(
+    dj.merge(method.permuted(order), BASE, rolled).params,
+    method.merge(BASE, experts).params,
+  )
+
+
+def test_extra_arguments_are_accepted(method):
+  experts = EXPERTS[method.num]
+  with_extra = method.merge(BASE, experts, loss=jnp.ones([])).params
+  chex.assert_trees_all_equal(with_extra, method.merge(BASE, experts).params)
+
+
+def test_sharded_gives_what_one_device_gives(method):
+  mesh = jax.make_mesh(
+    (8,), ('model',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+  def shard(params, *lead):
+    def place(x):
+      split = 'model' if x.shape[len(lead)] % 8 == 0 else None
+      return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*lead, split)))
+
+    return jax.tree.map(place, params)
+
+  experts = EXPERTS[method.num]
+  sharded = method.merge(shard(BASE), shard(experts, None)).params
+  assert len(sharded['body']['kernel'].sharding.device_set) == 8
+  assert_close(sharded, method.merge(BASE, experts).params)
+
+
+def test_partition_keeps_the_base_where_it_should():
+  experts = EXPERTS[3]
+  merged = dj.merge(partition(0.3), BASE, experts).params
+  plain = dj.merge(dj.task_arithmetic(0.3), BASE, experts).params
+  np.testing.assert_array_equal(merged['head'], BASE['head'])
+  chex.assert_trees_all_equal(merged['body'], plain['body'])
+
+
+def test_weighted_average_normalizes_unless_told():
+  base, experts = {'w': jnp.ones(1)}, {'w': jnp.array([[2.0], [4.0]])}
+
+  def merge(**options):
+    tx = dj.weighted_average([0.5, 1.5], **options)
+    return dj.merge(tx, base, experts).params['w']
+
+  assert merge() == pytest.approx(3.5)
+  assert merge(normalize=False) == pytest.approx(7.0)
+
+
+def test_slerp_is_on_the_sphere_and_linear_between_parallels():
+  base = {'w': jnp.array([3.0, -1.0])}
+
+  def angle(a):
+    return jnp.array([np.cos(a), np.sin(a)], jnp.float32)
+
+  def merge(t, *models):
+    return dj.merge(dj.slerp(t), base, {'w': jnp.stack(models)}).params['w']
+
+  merged = merge(0.3, angle(0.2), angle(1.2))
+  np.testing.assert_allclose(merged, angle(0.5), rtol=1e-5)
+  merged = merge(0.3, angle(0.2), 3 * angle(0.2))
+  np.testing.assert_allclose(merged, 1.6 * angle(0.2), rtol=1e-5)
+  merged = merge(0.25, jnp.zeros(2), angle(0.2))
+  np.testing.assert_allclose(merged, 0.25 * angle(0.2), rtol=1e-5)
+
+
+def deviation(kept, rate):
+  """Returns by how many deviations a share kept departs from `1 - rate`."""
+  return abs(np.mean(kept) - (1 - rate)) / np.sqrt(
+    rate * (1 - rate) / np.size(kept)
+  )
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_dare_drops_at_its_rate_and_no_other(seed):
+  deltas = {'a': jnp.ones((2, 40, 500)), 'b': jnp.ones((2, 20_000))}
+  tx = dj.transforms.drop(0.3, seed=seed)
+  first, state = tx.update(deltas, tx.init(deltas))
+  second, _ = tx.update(deltas, state)
+  draws = [
+    np.asarray(x[k]).ravel()
+    for updates in (first, second)
+    for x in updates.values()
+    for k in range(2)
+  ]
+  for x in draws:
+    kept = x != 0
+    np.testing.assert_allclose(x[kept], 1 / 0.7, rtol=1e-6)
+    assert deviation(kept, 0.3) < 4
+    assert deviation(kept, 0.33) > 4
+    assert deviation(kept, 0.27) > 4
+  # Steps, leaves and experts are drawn apart.
+  correlation = np.corrcoef(np.stack(draws) != 0)
+  assert np.abs(correlation - np.eye(len(draws))).max() < 4 / np.sqrt(20_000)
+
+
+def test_dare_seeds_differ_and_repeat():
+  def merge(seed):
+    return dj.merge(dj.dare(seed=seed), BASE, EXPERTS[3]).params
+
+  chex.assert_trees_all_equal(merge(0), merge(0))
+  assert (merge(0)['head'] != merge(1)['head']).any()
+
+
+def test_dare_rescales_unless_told_and_then_merges():
+  def moved(**options):
+    merged = dj.merge(dj.dare(0.5, 1.0, **options), BASE, EXPERTS[3]).params
+    return merged['head'] - BASE['head']
+
+  np.testing.assert_allclose(moved(), 2 * moved(rescale=False), atol=1e-5)
+  np.testing.assert_allclose(moved(then=dj.average()), moved() / 3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('make', 'message'),
+  [
+    (lambda: dj.ties(0.0), r'density must be in \(0, 1\], got 0.0'),
+    (lambda: dj.ties(1.5), r'density must be in \(0, 1\], got 1.5'),
+    (lambda: dj.ties(float('nan')), 'density.*got nan'),
+    (lambda: dj.ties(scale=float('inf')), 'scale must be finite, got inf'),
+    (lambda: dj.ties(merge='median'), "merge.*got 'median'"),
+    (lambda: dj.ties(scope='layer'), "scope.*got 'layer'"),
+    (lambda: dj.dare(1.0), r'rate must be in \[0, 1\), got 1.0'),
+    (lambda: dj.dare(-0.1), r'rate must be in \[0, 1\), got -0.1'),
+    (lambda: dj.dare(scale=float('nan')), 'scale must be finite, got nan'),
+    (lambda: dj.task_arithmetic(-np.inf), 'scale must be finite, got -inf'),
+    (lambda: dj.slerp(float('nan')), 't must be finite, got nan'),
+    (lambda: dj.weighted_average([1.0, -1.0]), r'got \[1.0, -1.0\]'),
+    (lambda: dj.weighted_average([1.0, np.nan]), r'got \[1.0, nan\]'),
+  ],
+)
+def test_bad_hyperparameters_are_named(make, message):
+  with pytest.raises(ValueError, match=message):
+    make()
+
+
+@pytest.mark.parametrize(
+  ('tx', 'message'),
+  [
+    (dj.weighted_average([1.0, 2.0]), r'weights are \[2\].*3 experts'),
+    (dj.slerp(), 'slerp interpolates 2 experts, got 3'),
+    (dj.transforms.trim(0.5), 'does not fit the base'),
+  ],
+)
+def test_bad_fits_are_named(tx, message):
+  with pytest.raises(ValueError, match=message):
+    dj.merge(tx, BASE, EXPERTS[3])
+
+
+def test_slerp_without_weights_is_refused():
+  deltas = EXPERTS[2]
+  tx = dj.slerp()
+  with pytest.raises(ValueError, match='pass params'):
+    tx.update(deltas, tx.init(deltas))
