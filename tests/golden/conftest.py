@@ -1,0 +1,265 @@
+"""Reads the reference's arrays, and says how far ours are from them.
+
+A parameter vector of the reference lies in the order of `param_names`, its
+kernels `[out, in]`. Here all is compared in that order.
+"""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+from pathlib import Path
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dam_jax import tree
+from dam_jax.models import clip
+from dam_jax.models import convert
+
+_DATA = ('inputs', 'images', 'noise')
+_KINDS = {
+  'forward': r'forward',
+  'static': r'linear|slerp|ties|dare',
+  'statistics': r'fisher|regmean',
+  'learned': r'(adamerging|concrete|dam|post_defense_(awm|sau))'
+  r'(_(task_arithmetic|task_wise|layer_wise))?(_adamerging)?',
+}
+_PROVENANCE = {'fusion_bench', 'torch', 'dtype', 'tasks', 'note'}
+
+
+def _kind(stem: str) -> str:
+  if stem in _DATA:
+    return 'data'
+  for kind, pattern in _KINDS.items():
+    if re.fullmatch(rf'({pattern})(_f64)?', stem):
+      return kind
+  return 'unknown'
+
+
+def pytest_generate_tests(metafunc):
+  """Runs a test that takes `forward_path`, `static_path`... on each such file.
+
+  A file of another name goes to the learned methods, which refuse it.
+  """
+  for kind in _KINDS:
+    if f'{kind}_path' in metafunc.fixturenames:
+      folder = metafunc.config.getoption('golden')
+      kinds = {kind, 'unknown'} if kind == 'learned' else {kind}
+      paths = [
+        p for p in sorted(folder.glob('*.npz')) if _kind(p.stem) in kinds
+      ]
+      metafunc.parametrize(f'{kind}_path', paths, ids=[p.stem for p in paths])
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Prints each file's largest relative error."""
+  rows = [
+    value
+    for outcome in ('passed', 'failed')
+    for report in terminalreporter.getreports(outcome)
+    for name, value in report.user_properties
+    if name == 'golden'
+  ]
+  if rows:
+    terminalreporter.section('largest relative errors to the reference')
+  for row in sorted(rows):
+    terminalreporter.write_line(row)
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+  """Arrays of one file, and the hyper-parameters that made them."""
+
+  name: str
+  arrays: dict[str, np.ndarray]
+  meta: dict[str, Any]
+
+  @property
+  def dtype(self) -> np.dtype:
+    """What the reference computed in."""
+    return np.dtype(np.float64 if self.name.endswith('_f64') else np.float32)
+
+  @contextlib.contextmanager
+  def precision(self) -> Iterator[None]:
+    """Lets JAX compute in the reference's precision."""
+    wide = self.dtype == np.float64
+    # Flax asks for the promotion of float64 with float32, which is not strict.
+    promotion = 'standard' if wide else 'strict'
+    with jax.enable_x64(wide), jax.numpy_dtype_promotion(promotion):
+      yield
+
+  def options(self, known: Iterable[str]) -> dict[str, Any]:
+    """Returns the hyper-parameters, or fails where one is not known."""
+    own = {k: v for k, v in self.meta.items() if k not in _PROVENANCE}
+    unknown = sorted(set(own) - set(known))
+    if unknown:
+      pytest.fail(
+        f'{self.name}: no test knows what {", ".join(unknown)} in meta means: '
+        f'{ {k: own[k] for k in unknown} }'
+      )
+    return own
+
+
+def _read(path: Path) -> File:
+  with np.load(path) as file:
+    arrays = dict(file)
+  meta = json.loads(str(arrays.pop('meta')))
+  return File(path.stem, arrays, meta)
+
+
+class Inputs:
+  """Models, heads, images and noise that the reference's arrays are made of."""
+
+  def __init__(self, inputs: File, images: File, noise: File):
+    a = inputs.arrays
+    self.names = a['param_names'].tolist()
+    self.base, self.experts = a['pre'], a['ft']
+    self.images = images.arrays['images'].transpose(1, 0, 2, 4, 5, 3)
+    self.uniform = noise.arrays['uniform']
+    self.dare_uniform = noise.arrays['dare_uniform']
+    self.scale = float(a['logit_scale_exp'])
+    self.heads = [a[f'head{t}'].T for t in range(len(a['tasks']))]
+    fields = {f.name for f in dataclasses.fields(clip.VisionConfig)}
+    config = json.loads(str(a['config']))
+    self.config = clip.VisionConfig(
+      **{k: v for k, v in config.items() if k in fields}
+    )
+    self._shapes = [json.loads(shape) for shape in a['param_shapes']]
+    self._projection = a['visual_projection'].T
+    layout = tree.ravel(self.unflatten(self.base)).layout
+    paths = [convert.clip_vision.to_path(name) for name in self.names]
+    self._leaves = [layout.names.index(path) for path in paths]
+    places = self.unflatten(np.arange(self.base.size, dtype=np.float32))
+    # Entries are numbered below 2**24, which float32 holds exactly.
+    self._order = np.asarray(tree.ravel(places).vector).astype(int)
+    bias = ['k_proj.bias' in name for name in self.names]
+    sizes = [math.prod(shape) for shape in self._shapes]
+    self.dead_leaves, self.dead = np.array(bias), np.repeat(bias, sizes)
+
+  @property
+  def layout(self) -> tree.Layout:
+    """Of the raveled parameters."""
+    return tree.ravel(self.unflatten(self.base)).layout
+
+  def unflatten(self, vector: np.ndarray) -> Any:
+    """Makes the tower's pytree of a vector `[..., P]` of the reference."""
+    ends = np.cumsum([math.prod(shape) for shape in self._shapes])[:-1]
+    leaves, lead = {}, vector.shape[:-1]
+    for name, shape, x in zip(
+      self.names, self._shapes, np.split(vector, ends, axis=-1), strict=True
+    ):
+      path = convert.clip_vision.to_path(name)
+      x, axes = x.reshape(*lead, *shape), convert.clip_vision.axes(path)
+      if axes is not None:
+        x = np.moveaxis(x, [a - len(shape) for a in axes], range(-len(axes), 0))
+      *parents, last = path.split('/')
+      functools.reduce(lambda d, k: d.setdefault(k, {}), parents, leaves)[
+        last
+      ] = jnp.asarray(x)
+    return leaves
+
+  def ravel(self, vector: np.ndarray) -> np.ndarray:
+    """Puts a vector `[..., P]` of the reference in our order."""
+    return vector[..., self._order]
+
+  def flat(self, vector: jax.Array) -> np.ndarray:
+    """Puts a raveled vector `[..., P]` in the reference's order."""
+    out = np.empty_like(np.asarray(vector))
+    out[..., self._order] = vector
+    return out
+
+  def flatten(self, params: Any) -> np.ndarray:
+    """Returns a pytree's vector `[..., P]` in the reference's order."""
+    lead = params['pre_layernorm']['bias'].ndim - 1
+    return self.flat(tree.ravel(params, leading=lead).vector)
+
+  def by_leaf(self, coefficients: jax.Array) -> np.ndarray:
+    """Puts `[K, leaves]` in the reference's order; `[K]` stays."""
+    w = np.asarray(coefficients)
+    return w if w.ndim == 1 else w[:, self._leaves]
+
+  def tower(self, params: Any, pixels: jax.Array, **options: Any) -> Any:
+    """Applies the tower with the reference's frozen projection."""
+    kernel = jnp.asarray(self._projection, pixels.dtype)
+    params = {**params, 'visual_projection': {'kernel': kernel}}
+    return clip.VisionTower(self.config).apply(
+      {'params': params}, pixels, **options
+    )
+
+  def logits_fn(self, params: Any, images: jax.Array) -> jax.Array:
+    """Logits of all tasks, `[T, B, L]`."""
+    heads = clip.stack_heads(self.heads, scale=self.scale)
+    return clip.zero_shot(self.tower, heads)(params, images)
+
+
+def _find(name: str, folder: Path, request) -> File:
+  path = folder / f'{name}.npz'
+  if not path.is_file():
+    path = request.getfixturevalue('shared') / 'golden' / path.name
+  return _read(path)
+
+
+@pytest.fixture(scope='session')
+def inputs(golden, request) -> Inputs:
+  """What the reference's arrays are made of.
+
+  Where the folder lacks a part, the shared folder's is meant.
+  """
+  return Inputs(*[_find(name, golden, request) for name in _DATA])
+
+
+@pytest.fixture(scope='session')
+def read():
+  """Reads one file of reference arrays."""
+  return _read
+
+
+def _error(got: Any, want: np.ndarray) -> float:
+  """Largest error, relative to the largest magnitude."""
+  got, want = np.asarray(got, want.dtype), np.asarray(want)
+  if got.shape != want.shape:
+    return float('inf')
+  error = np.max(np.abs(got - want), initial=0)
+  scale = np.max(np.abs(want), initial=0)
+  return float(error / scale) if scale else float(error)
+
+
+@pytest.fixture
+def compare(record_property):
+  """Compares all arrays of a file with ours by name, and keeps the worst."""
+
+  def compare_fn(file: File, ours: dict[str, Any], tolerance: dict[str, float]):
+    """Fails where an array is not computed or too far from the reference's.
+
+    Args:
+      file: of the reference.
+      ours: by the file's names; others are left alone.
+      tolerance: of arrays whose name begins so, the first that fits; '' fits
+        all.
+    """
+    missing = sorted(set(file.arrays) - set(ours))
+    errors = {
+      k: _error(ours[k], v) for k, v in file.arrays.items() if k in ours
+    }
+    worst = max(errors, key=errors.get)
+    line = f'{file.name}: {errors[worst]:.1e}: {worst}'
+    record_property('golden', f'{line} ({len(errors)} arrays)')
+    lines = [f'{file.name}: {name}: no test computes it' for name in missing]
+    for name, error in errors.items():
+      allowed = next(v for k, v in tolerance.items() if name.startswith(k))
+      if not error <= allowed:
+        lines.append(
+          f'{file.name}: {name}: largest relative error {error:.1e}, '
+          f'allowed {allowed:.0e}'
+        )
+    if lines:
+      pytest.fail('\n'.join(lines), pytrace=False)
+
+  return compare_fn

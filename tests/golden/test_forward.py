@@ -1,0 +1,55 @@
+"""The CLIP image tower, against the reference's forward and backward passes."""
+
+import jax
+import jax.numpy as jnp
+
+from dam_jax import losses
+
+# A gradient in float32 is a sum of thousands of terms.
+_TOLERANCE = {
+  'float32': {'': 1e-5},
+  'float64': {'': 1e-9},
+}
+
+
+def test_every_activation_is_the_references(
+  forward_path, inputs, read, compare
+):
+  file = read(forward_path)
+  file.options(())
+  dtype, num = file.dtype, len(inputs.heads)
+  models = {'pre': inputs.base}
+  models |= {f'ft{k}': x for k, x in enumerate(inputs.experts)}
+  ours = {}
+  with file.precision():
+    pixels = jnp.asarray(inputs.images[0], dtype)
+
+    @jax.jit
+    def activations(params):
+      flat = pixels.reshape(-1, *pixels.shape[2:])
+      _, state = inputs.tower(params, flat, capture_intermediates=True)
+      logits = inputs.logits_fn(params, pixels)
+      return state['intermediates'], logits
+
+    def entropy(params, images):
+      logits = inputs.logits_fn(params, pixels.at[0].set(images))
+      return jnp.mean(losses.entropy(logits[0]))
+
+    for name, vector in models.items():
+      params = inputs.unflatten(vector.astype(dtype))
+      inner, logits = activations(params)
+      lead = pixels.shape[:2]
+      pooled = inner['post_layernorm']['__call__'][0].reshape(*lead, -1)
+      last = inner[f'layers_{inputs.config.num_hidden_layers - 1}']
+      tokens = last['__call__'][0].reshape(*lead, inputs.config.num_tokens, -1)
+      ours[f'{name}/last_hidden'] = tokens[num - 1]  # of the last task
+      for t, head in enumerate(inputs.heads):
+        own = logits[t, :, : head.shape[1]]
+        ours[f'{name}/task{t}/pooled'] = pooled[t]
+        ours[f'{name}/task{t}/logits'] = own
+        ours[f'{name}/task{t}/entropy'] = jnp.mean(losses.entropy(own))
+      if name == 'pre':
+        grads = jax.jit(jax.grad(entropy, argnums=(0, 1)))(params, pixels[0])
+        ours['pre/task0/grad_params'] = inputs.flatten(grads[0])
+        ours['pre/task0/grad_images'] = grads[1].transpose(0, 3, 1, 2)
+  compare(file, ours, _TOLERANCE[dtype.name])
