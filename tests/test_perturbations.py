@@ -1,0 +1,184 @@
+"""The adversaries: what they do to images, what they cost, where they stay."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dam_jax import losses
+from dam_jax import perturbations
+
+T, B, SHAPE = 2, 3, (4, 5, 3)
+
+
+def preprocess(images):
+  return (images - 0.5) / 0.25
+
+
+def make_images():
+  rng = np.random.default_rng(0)
+  return rng.uniform(size=(T, B, *SHAPE)).astype(np.float32)
+
+
+def make_delta():
+  rng = np.random.default_rng(1)
+  return rng.normal(size=(T, *SHAPE)).astype(np.float32)
+
+
+def test_additive_starts_at_nothing():
+  adversary = perturbations.additive(SHAPE, preprocess_fn=preprocess)
+  params = adversary.init(jax.random.key(0), T)
+  assert params.shape == (1, T, *SHAPE)
+  assert not params.any()
+  images = jnp.asarray(make_images())
+  np.testing.assert_allclose(
+    adversary.perturb(params[0], images, True), preprocess(images), rtol=1e-6
+  )
+  assert adversary.price(params + 9) == 0
+
+
+@pytest.mark.parametrize('clip', [False, True])
+@pytest.mark.parametrize('normalized', [False, True])
+def test_additive_clips_in_the_space_it_adds_in(normalized, clip):
+  adversary = perturbations.additive(
+    SHAPE, preprocess_fn=preprocess, normalized=normalized
+  )
+  images, delta = make_images(), make_delta()
+  if normalized:
+    want = preprocess(images) + delta[:, None]
+    want = np.clip(want, 0, 1) if clip else want
+  else:
+    want = preprocess(np.clip(images + delta[:, None], 0, 1))
+  got = adversary.perturb(jnp.asarray(delta), jnp.asarray(images), clip)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_additive_projects_into_its_ball():
+  delta = make_delta()
+  free = perturbations.additive(SHAPE, preprocess_fn=preprocess)
+  np.testing.assert_array_equal(free.project(jnp.asarray(delta)), delta)
+  ball = perturbations.additive(SHAPE, preprocess_fn=preprocess, radius=0.5)
+  inside = ball.project(jnp.asarray(delta))
+  np.testing.assert_array_equal(inside, np.clip(delta, -0.5, 0.5))
+  np.testing.assert_array_equal(ball.project(inside), inside)
+
+
+def test_soft_patch_starts_faint_and_each_restart_apart():
+  adversary = perturbations.soft_patch(
+    SHAPE, preprocess_fn=preprocess, area=4.0, init_logit=-3.0, restarts=3
+  )
+  patch = jax.jit(adversary.init, static_argnums=1)(jax.random.key(0), T)
+  assert patch.mask_logits.shape == (3, T, 4, 5, 1)
+  assert patch.pattern_logits.shape == (3, T, 4, 5, 3)
+  assert jnp.abs(patch.mask_logits.mean() + 3) < 0.05
+  assert patch.opacity().max() < 0.1
+  for logits in patch:
+    assert len(np.unique(np.asarray(logits))) == logits.size
+  assert adversary.restarts == 3
+
+
+def test_soft_patch_blends_in_pixels():
+  adversary = perturbations.soft_patch(SHAPE, preprocess_fn=preprocess, area=4)
+  images, pattern = make_images(), make_delta()
+  opacity = np.zeros((T, 4, 5, 1), np.float32)
+  opacity[:, 0], opacity[:, 1], opacity[:, 2:] = -99.0, 99.0, 0.3
+  patch = perturbations.SoftPatch(jnp.asarray(opacity), jnp.asarray(pattern))
+  got = adversary.perturb(patch, jnp.asarray(images), True)
+  a, b = (1 / (1 + np.exp(-x.astype(np.float64))) for x in (opacity, pattern))
+  want = (1 - a[:, None]) * images + a[:, None] * b[:, None]
+  np.testing.assert_allclose(got, preprocess(want), rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(got[:, :, 0], preprocess(images[:, :, 0]))
+
+
+def test_soft_patch_is_free_up_to_its_area():
+  adversary = perturbations.soft_patch(
+    SHAPE, preprocess_fn=preprocess, area=4.0, price=3.0
+  )
+
+  def patch(*covered):
+    """One patch a task, that covers so many of 20 pixels."""
+    rows = [np.where(np.arange(20) < n, 99.0, -99.0) for n in covered]
+    logits = np.stack(rows).reshape(len(covered), 4, 5, 1)
+    return perturbations.SoftPatch(
+      jnp.asarray(logits, jnp.float32), jnp.zeros((len(covered), *SHAPE))
+    )
+
+  assert adversary.price(patch(4, 0)) == 0
+  assert adversary.price(patch(8, 3)) == pytest.approx(3.0)
+  assert adversary.price(patch(6, 12)) == pytest.approx(3.0 * (0.5 + 2.0))
+
+
+def _climb(adversary, steps):
+  """Ascends the cross-entropy of a linear model; returns loss and params."""
+  images = jnp.asarray(make_images())
+  weights = jnp.asarray(
+    np.random.default_rng(2).normal(size=(60, 3)) / 8, jnp.float32
+  )
+
+  def logits_fn(pixels):
+    return pixels.reshape(T, B, -1) @ weights
+
+  labels = jnp.argmax(logits_fn(preprocess(images)), axis=-1)
+
+  def loss_fn(params):
+    pixels = adversary.perturb(params, images, False)
+    return jnp.mean(losses.cross_entropy(logits_fn(pixels), labels))
+
+  def step(carry, _):
+    params, state = carry
+    grads = jax.grad(lambda p: adversary.price(p) - loss_fn(p))(params)
+    updates, state = adversary.tx.update(grads, state, params)
+    params = adversary.project(optax.apply_updates(params, updates))
+    return (params, state), None
+
+  @jax.jit
+  def run(key):
+    start = jax.tree.map(lambda x: x[0], adversary.init(key, T))
+    carry = start, adversary.tx.init(start)
+    (end, _), _ = jax.lax.scan(step, carry, length=steps)
+    return loss_fn(start), loss_fn(end), end
+
+  return run(jax.random.key(0))
+
+
+def test_ascent_of_additive_raises_the_loss_inside_its_ball():
+  adversary = perturbations.additive(
+    SHAPE, preprocess_fn=preprocess, radius=0.05, tx=optax.adam(0.01)
+  )
+  start, end, params = _climb(adversary, 30)
+  assert end > start + 0.3
+  assert jnp.abs(params).max() == jnp.float32(0.05)
+
+
+def test_ascent_of_a_patch_raises_the_loss_and_heeds_its_price():
+  covered = []
+  for price in (0.0, 5.0):
+    adversary = perturbations.soft_patch(
+      SHAPE, preprocess_fn=preprocess, area=2.0, price=price
+    )
+    start, end, patch = _climb(adversary, 40)
+    assert end > start + 0.3
+    covered.append(patch.opacity().sum(axis=(1, 2, 3)))
+  assert (covered[0] > 6).all()
+  assert (covered[1] < 3).all()
+
+
+@pytest.mark.parametrize(
+  ('make', 'options', 'message'),
+  [
+    (perturbations.additive, {'radius': 0.0}, 'radius.*got 0.0'),
+    (perturbations.additive, {'ascents': 0}, 'positive, got 0 and 1'),
+    (perturbations.additive, {'image_shape': (4, 5)}, r'got \(4, 5\)'),
+    (perturbations.soft_patch, {'area': 0.0}, 'area.*4 x 5 pixels, got 0.0'),
+    (perturbations.soft_patch, {'area': 21.0}, 'area.*got 21.0'),
+    (perturbations.soft_patch, {'restarts': 0}, 'positive, got 4 and 0'),
+    (perturbations.soft_patch, {'image_shape': (0, 5, 3)}, r'got \(0, 5, 3\)'),
+  ],
+)
+def test_bad_adversaries_are_named(make, options, message):
+  options = {'image_shape': SHAPE, 'preprocess_fn': preprocess, **options}
+  if make is perturbations.soft_patch:
+    options.setdefault('area', 4.0)
+  with pytest.raises(ValueError, match=message):
+    make(options.pop('image_shape'), **options)
