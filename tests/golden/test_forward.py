@@ -13,7 +13,7 @@ _TOLERANCE = {
 
 
 def test_every_activation_is_the_references(
-  forward_path, inputs, read, compare
+  forward_path, inputs, read, compare, quick_jit
 ):
   file = read(forward_path)
   file.options(())
@@ -24,7 +24,7 @@ def test_every_activation_is_the_references(
   with file.precision():
     pixels = jnp.asarray(inputs.images[0], dtype)
 
-    @jax.jit
+    @quick_jit
     def activations(params):
       flat = pixels.reshape(-1, *pixels.shape[2:])
       _, state = inputs.tower(params, flat, capture_intermediates=True)
@@ -49,7 +49,7 @@ def test_every_activation_is_the_references(
         ours[f'{name}/task{t}/logits'] = own
         ours[f'{name}/task{t}/entropy'] = jnp.mean(losses.entropy(own))
       if name == 'pre':
-        grads = jax.jit(jax.grad(entropy, argnums=(0, 1)))(params, pixels[0])
+        grads = quick_jit(jax.grad(entropy, argnums=(0, 1)))(params, pixels[0])
         ours['pre/task0/grad_params'] = inputs.flatten(grads[0])
         ours['pre/task0/grad_images'] = grads[1].transpose(0, 3, 1, 2)
   compare(file, ours, _TOLERANCE[dtype.name])
