@@ -14,6 +14,7 @@ from pathlib import Path
 import re
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -124,7 +125,6 @@ class Inputs:
 
   def __init__(self, inputs: File, images: File, noise: File):
     a = inputs.arrays
-    self.names = a['param_names'].tolist()
     self.base, self.experts = a['pre'], a['ft']
     self.images = images.arrays['images'].transpose(1, 0, 2, 4, 5, 3)
     self.uniform = noise.arrays['uniform']
@@ -136,39 +136,38 @@ class Inputs:
     self.config = clip.VisionConfig(
       **{k: v for k, v in config.items() if k in fields}
     )
-    self._shapes = [json.loads(shape) for shape in a['param_shapes']]
     self._projection = a['visual_projection'].T
-    layout = tree.ravel(self.unflatten(self.base)).layout
-    paths = [convert.clip_vision.to_path(name) for name in self.names]
-    self._leaves = [layout.names.index(path) for path in paths]
-    places = self.unflatten(np.arange(self.base.size, dtype=np.float32))
-    # Entries are numbered below 2**24, which float32 holds exactly.
-    self._order = np.asarray(tree.ravel(places).vector).astype(int)
-    bias = ['k_proj.bias' in name for name in self.names]
+    self._shapes = [json.loads(shape) for shape in a['param_shapes']]
+    self._paths = [convert.clip_vision.to_path(n) for n in a['param_names']]
     sizes = [math.prod(shape) for shape in self._shapes]
-    self.dead_leaves, self.dead = np.array(bias), np.repeat(bias, sizes)
-
-  @property
-  def layout(self) -> tree.Layout:
-    """Of the raveled parameters."""
-    return tree.ravel(self.unflatten(self.base)).layout
+    self._ends = np.cumsum(sizes)[:-1]
+    places = self.unflatten(np.arange(self.base.size, dtype=np.int32))
+    ours = jax.eval_shape(tree.ravel, self.unflatten(self.base)).layout.names
+    self._leaves = [ours.index(path) for path in self._paths]
+    places = tree.flatten(places)
+    self._order = np.concatenate([np.ravel(places[path]) for path in ours])
+    self.dead_leaves = np.array(['k_proj/bias' in path for path in self._paths])
+    self.dead = np.repeat(self.dead_leaves, sizes)
 
   def unflatten(self, vector: np.ndarray) -> Any:
     """Makes the tower's pytree of a vector `[..., P]` of the reference."""
-    ends = np.cumsum([math.prod(shape) for shape in self._shapes])[:-1]
-    leaves, lead = {}, vector.shape[:-1]
-    for name, shape, x in zip(
-      self.names, self._shapes, np.split(vector, ends, axis=-1), strict=True
-    ):
-      path = convert.clip_vision.to_path(name)
-      x, axes = x.reshape(*lead, *shape), convert.clip_vision.axes(path)
-      if axes is not None:
-        x = np.moveaxis(x, [a - len(shape) for a in axes], range(-len(axes), 0))
-      *parents, last = path.split('/')
-      functools.reduce(lambda d, k: d.setdefault(k, {}), parents, leaves)[
-        last
-      ] = jnp.asarray(x)
-    return leaves
+    leaves, lead = {}, vector.ndim - 1
+    parts = np.split(vector, self._ends, axis=-1)
+    for path, shape, x in zip(self._paths, self._shapes, parts, strict=True):
+      axes = convert.clip_vision.axes(path) or range(len(shape))
+      x = x.reshape(*vector.shape[:-1], *shape)
+      x = x.transpose(*range(lead), *[lead + axis for axis in axes])
+      leaves[path] = jnp.asarray(x)
+    return traverse_util.unflatten_dict(leaves, sep='/')
+
+  def flatten(self, params: Any) -> np.ndarray:
+    """Returns a pytree's vector `[P]` in the reference's order."""
+    leaves, parts = tree.flatten(params), []
+    for path in self._paths:
+      x = np.asarray(leaves[path])
+      axes = convert.clip_vision.axes(path) or range(x.ndim)
+      parts.append(x.transpose(np.argsort(axes)).ravel())
+    return np.concatenate(parts)
 
   def ravel(self, vector: np.ndarray) -> np.ndarray:
     """Puts a vector `[..., P]` of the reference in our order."""
@@ -179,11 +178,6 @@ class Inputs:
     out = np.empty_like(np.asarray(vector))
     out[..., self._order] = vector
     return out
-
-  def flatten(self, params: Any) -> np.ndarray:
-    """Returns a pytree's vector `[..., P]` in the reference's order."""
-    lead = params['pre_layernorm']['bias'].ndim - 1
-    return self.flat(tree.ravel(params, leading=lead).vector)
 
   def by_leaf(self, coefficients: jax.Array) -> np.ndarray:
     """Puts `[K, leaves]` in the reference's order; `[K]` stays."""

@@ -140,22 +140,30 @@ class _Step(NamedTuple):
   before: Any
   after: Any
   metrics: Any
-  images: jax.Array
+  images: np.ndarray
 
 
-def _steps(merger, models, images, jit, *, mask_steps, unread):
-  """Takes all steps; before each of the mask's, `unread` draws go unread."""
-  state = merger.init(jax.random.key(0), *models)
-  step_fn, draw, phases = jit(merger.step), 0, merger.plan.phases
+def _run(merger, models, images, jit, *, mask_steps, unread):
+  """Returns all steps, and the merged parameters.
+
+  Before each step of the mask, `unread` draws of images go unread.
+  """
+  steps, draw, phases = [], 0, merger.plan.phases
+  state = jit(merger.init)(jax.random.key(0), *models)
+  step_fn = jit(merger.step)
   # The steps after the mask's read one draw, and are given as many.
-  images = jnp.concatenate([images, images[:phases]])
+  padded = np.concatenate([images, images[:phases]])
   for s in range(merger.plan.steps):
     draw += unread if s < mask_steps else 0
-    batch = dj.Batch(images[draw : draw + phases])
+    batch = dj.Batch(padded[draw : draw + phases])
     draw += phases if s < mask_steps else 1
     after, metrics = step_fn(state, *models, batch)
-    yield _Step(state, after, metrics, batch.images)
+    seen = (state._replace(key=None), after._replace(key=None), metrics)
+    steps.append(_Step(*jax.device_get(seen), batch.images))
     state = after
+  if draw > len(images):
+    pytest.fail(f'{draw} draws of images are needed, there are {len(images)}')
+  return steps, jit(merger.finalize)(state, *models)
 
 
 class _Events(dict):
@@ -240,7 +248,7 @@ def _mask_step(events, o, inputs, step, values, *, post):
   theta, views = combine(after.coefficients, values), []
   if after.adversary is not None:
     pixels = next(images)
-    labels = jnp.argmax(events.predict(theta, pixels), axis=-1)
+    labels = np.argmax(events.predict(theta, pixels), axis=-1)
     logits = events.predict(theta, pixels + before.adversary[0, :, None])
     ce = dj.losses.cross_entropy(logits, labels).mean(-1)
     for t in range(len(inputs.heads)):
@@ -257,7 +265,7 @@ def _mask_step(events, o, inputs, step, values, *, post):
     )
   pixels = next(images)
   if after.adversary is not None:
-    perturbed = jnp.clip(pixels + after.adversary[0, :, None], 0, 1)
+    perturbed = np.clip(pixels + after.adversary[0, :, None], 0, 1)
     views.append((perturbed, metrics['safety/loss']))
     loss += o['adv_weight'] * metrics['safety/loss'].sum()
   if 'shared/loss' in metrics:
@@ -302,11 +310,13 @@ def _coefficient_steps(events, o, inputs, steps, w, values):
 
 def _events(file, method, granularity, o, inputs, jit, unread):
   """Returns the library's events under a file's hyper-parameters."""
-  post, mask = method.startswith('post_defense'), None
-  dtype, mask_steps = file.dtype, 0
+  post, dtype = method.startswith('post_defense'), file.dtype
+  uniform, mask, mask_steps = inputs.ravel(inputs.uniform), None, 0
   if method != 'adamerging':
-    uniform = jnp.asarray(inputs.ravel(inputs.uniform), dtype)
     mask_steps = o['max_steps']
+    if len(uniform) <= mask_steps:
+      pytest.fail(f'{file.name}: noise has {len(uniform)} samples')
+    uniform = jnp.asarray(uniform, dtype)
     mask = dj.masks.Mask(
       init=o['initial_logits'],
       temperature=o['temperature'],
@@ -314,35 +324,33 @@ def _events(file, method, granularity, o, inputs, jit, unread):
       uniform_fn=lambda key, step, like: uniform[step],
     )
   experts = file.arrays['merge_params'][None] if post else inputs.experts
-  base = dj.tree.ravel(inputs.unflatten(inputs.base.astype(dtype)))
-  experts = dj.tree.ravel(inputs.unflatten(experts.astype(dtype)), leading=1)
+  base, experts = jit(
+    lambda b, e: (dj.tree.ravel(b), dj.tree.ravel(e, leading=1))
+  )(*[inputs.unflatten(x.astype(dtype)) for x in (inputs.base, experts)])
   merger = _merger(method, granularity, o, inputs, mask)
-  steps = list(
-    _steps(
-      merger,
-      (base, experts),
-      jnp.asarray(inputs.images, dtype),
-      jit,
-      mask_steps=mask_steps,
-      unread=unread,
-    )
+  steps, final = _run(
+    merger,
+    (base, experts),
+    inputs.images.astype(dtype),
+    jit,
+    mask_steps=mask_steps,
+    unread=unread,
   )
-  events, state = _Events(inputs, base, experts, mask, jit), steps[-1].after
+  events = _Events(inputs, base, experts, mask, jit)
+  value_fn = jit(lambda *arrays: dj.masks.value(mask, *arrays))
 
-  def value(s, logits):
-    m = dj.masks.value(mask, logits, uniform[s])
+  def value(state, u):
+    m = value_fn(state.masks['shared'], u)
     events.add('mask_raw', inputs.flat(m))
     return {'shared': m}
 
-  for s, step in enumerate(steps[:mask_steps]):
-    values = value(s, step.before.masks['shared'])
+  for step, u in zip(steps[:mask_steps], uniform, strict=False):
+    values = value(step.before, u)
     _mask_step(events, o, inputs, step, values, post=post)
-  values = value(mask_steps, state.masks['shared']) if mask else {}
+  values = value(steps[-1].after, uniform[mask_steps]) if mask else {}
   if not post:
-    start = steps[0].before.coefficients
-    late = steps[mask_steps:]
+    start, late = steps[0].before.coefficients, steps[mask_steps:]
     _coefficient_steps(events, o, inputs, late, start, values)
-  final = merger.finalize(state, base, experts)
   events['final_params'] = inputs.flatten(final)
   return events
 

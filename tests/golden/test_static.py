@@ -56,7 +56,9 @@ def _merge(method, name, meta, uniforms):
   return then and dj.chain(drop, then)
 
 
-def test_every_merge_is_the_references(static_path, inputs, read, compare):
+def test_every_merge_is_the_references(
+  static_path, inputs, read, compare, quick_jit
+):
   file = read(static_path)
   method = file.name.removesuffix('_f64')
   meta, merged = file.options(_META[method]), {}
