@@ -146,8 +146,8 @@ class Inputs:
     self._leaves = [ours.index(path) for path in self._paths]
     places = tree.flatten(places)
     self._order = np.concatenate([np.ravel(places[path]) for path in ours])
-    self.dead_leaves = np.array(['k_proj/bias' in path for path in self._paths])
-    self.dead = np.repeat(self.dead_leaves, sizes)
+    dead = ['k_proj/bias' in path for path in self._paths]
+    self.dead = np.repeat(dead, sizes)
 
   def unflatten(self, vector: np.ndarray) -> Any:
     """Makes the tower's pytree of a vector `[..., P]` of the reference."""

@@ -65,6 +65,14 @@ _WITHOUT_EFFECT = {
   'tie_weights',
   'trigger_norm',
 }
+_MOVED = {
+  'adam_mask_logits_after': 'adam_mask_logits',
+  'adam_merge_weight_after': 'adam_merge_weight',
+  'adam_perturb_after': 'adam_perturb',
+  'mask_raw': 'adam_mask_logits',
+  'merge_weight_used': 'adam_merge_weight',
+}
+"""What Adam moves, and which of them."""
 _WITHOUT_INNER = re.compile(
   r'(mask_raw|ce|ce_labels|adam_perturb_.*|adam_mask_logits_.*|final_params)'
   r'(/\d+)?'
@@ -170,12 +178,13 @@ class _Events(dict):
   """The reference's events by name, `<what>/<n>` for the n-th, in order.
 
   Attributes:
-    weights: how much the entries of what Adam moved count, by name.
+    scales: how exactly Adam could move each entry, in [0, 1], by optimiser.
+    weights: how much the entries count, by name; others count alike.
   """
 
   def __init__(self, inputs, base, experts, mask, jit):
     super().__init__()
-    self.weights, self._scales = {}, {}
+    self.weights, self.scales = {}, {}
     self._count, self._inputs = collections.Counter(), inputs
     deltas = experts.vector - base.vector[None]
 
@@ -195,6 +204,8 @@ class _Events(dict):
     name = f'{what}/{self._count[what]}'
     self._count[what] += 1
     self[name] = np.asarray(value)
+    if _MOVED.get(what) in self.scales:
+      self.weights[name] = self.scales[_MOVED[what]]
     return name
 
   def merge(self, w, values):
@@ -217,15 +228,14 @@ class _Events(dict):
   def adam(self, what, before, after, value, lr, order):
     """Adds a step of Adam; its gradient is what its first moment took in."""
     old, new = optax.tree.get(before, 'mu'), optax.tree.get(after, 'mu')
-    self.add(f'{what}_grad', order((new - 0.9 * old) / 0.1))
-    name = self.add(f'{what}_after', order(value))
-    self.add(f'{what}_lr', lr)
     # Adam divides by this, and so multiplies rounding where it is small; a step
     # of noise stays in the values from then on.
     scale = np.sqrt(order(optax.tree.get(after, 'nu')))
     scale = scale / scale.max() if scale.any() else np.ones_like(scale)
-    self._scales[what] = np.minimum(self._scales.get(what, scale), scale)
-    self.weights[name] = self._scales[what]
+    self.scales[what] = np.minimum(self.scales.get(what, scale), scale)
+    self.add(f'{what}_grad', order((new - 0.9 * old) / 0.1))
+    self.add(f'{what}_after', order(value))
+    self.add(f'{what}_lr', lr)
 
 
 def _mask_step(events, o, inputs, step, values, *, post):
@@ -305,7 +315,9 @@ def _coefficient_steps(events, o, inputs, steps, w, values):
   for _ in range(2 if alone else 1):
     events.merge(w, values)
   # The reference wrote these down as views of what Adam went on to move.
-  events.update(dict.fromkeys(used, inputs.by_leaf(w)))
+  for name in used:
+    events[name] = inputs.by_leaf(w)
+    events.weights[name] = events.scales['adam_merge_weight']
 
 
 def _events(file, method, granularity, o, inputs, jit, unread):
@@ -356,7 +368,7 @@ def _events(file, method, granularity, o, inputs, jit, unread):
 
 
 def _comparable(inputs, arrays, weights):
-  """Weighs what Adam moved; leaves out what it makes of k_proj's biases.
+  """Weighs what Adam moved, and leaves out what it makes of k_proj's biases.
 
   Softmax does not see those biases, so their gradients are zero but for
   rounding, which Adam makes full steps of. Nothing that the model computes
@@ -364,14 +376,10 @@ def _comparable(inputs, arrays, weights):
   """
   kept = {}
   for name, x in arrays.items():
-    what = name.split('/')[0]
     if name in weights:
       x = x * weights[name].astype(x.dtype)
-    elif what in ('mask_raw', 'merge_weight_used', 'merged', 'final_params'):
-      if x.shape[-1:] == inputs.dead.shape:
-        x = x[..., ~inputs.dead]
-      elif x.shape[1:] == inputs.dead_leaves.shape:
-        x = x[..., ~inputs.dead_leaves]
+    elif name.startswith(('merged/', 'final_params')):
+      x = x[~inputs.dead]
     kept[name] = x
   return kept
 
