@@ -205,7 +205,8 @@ class _Engine:
   # --- the model ---
 
   def _logits(self, model, theta, pixels):
-    return self.logits_fn(model.base.unravel(theta), pixels)
+    # Losses and metrics have the parameters' dtype, whatever the model's.
+    return self.logits_fn(model.base.unravel(theta), pixels).astype(theta.dtype)
 
   def _combine(self, model, coefficients, values):
     """Returns `theta_0 + sum_t w_t * (m * tau_t)`, raveled."""
@@ -408,7 +409,7 @@ class _Engine:
       grads, each = jax.grad(objective, argnums=(0, 1), has_aux=True)(
         moved, coefficients
       )
-      norm = optax.global_norm(grads)
+      norm = optax.tree.norm(grads)
       measured.update(each, **{f'{"+".join(names)}/grad_norm': norm})
       leak += grads[1]
       logits, states = dict(state.masks), dict(state.mask_states)
@@ -454,7 +455,7 @@ class _Engine:
       grad, state.coefficient_state, coefficients
     )
     each['coefficients/loss'] = each.pop('clean/loss')
-    each['coefficients/grad_norm'] = optax.global_norm(grad)
+    each['coefficients/grad_norm'] = optax.tree.norm(grad)
     state = state._replace(
       coefficients=optax.apply_updates(coefficients, updates),
       coefficient_state=coefficient_state,
@@ -464,7 +465,7 @@ class _Engine:
   def _metrics(self, measured, draws):
     """Adds NaN for what this step did not measure, so that all steps agree."""
     per_task, scalars = self.spec.metrics()
-    num_tasks, dtype = draws.tasks
+    num_tasks, dtype = draws.num_tasks, jnp.result_type(*measured.values())
     nan = {name: jnp.full(num_tasks, jnp.nan, dtype) for name in per_task}
     nan |= {name: jnp.full([], jnp.nan, dtype) for name in scalars}
     finite = [jnp.all(jnp.isfinite(x)) for x in measured.values()]
@@ -478,9 +479,9 @@ class _Draws:
     self._batch, self._next = batch, 0
 
   @property
-  def tasks(self) -> tuple[int, Any]:
-    """Number of tasks and dtype of the images."""
-    return self._batch.images.shape[1], self._batch.images.dtype
+  def num_tasks(self) -> int:
+    """Number of tasks."""
+    return self._batch.images.shape[1]
 
   def many(self, num: int) -> Batch:
     """Returns the next draws, `[num, T, B, ...]`."""

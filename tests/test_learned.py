@@ -1,0 +1,171 @@
+"""The named merges: what they lower, their quirks, and what they refuse."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import dam_jax as dj
+from dam_jax.learned import Quirks
+from dam_jax.masks import Mask
+
+SHAPE = (4, 4, 3)
+FAST = {'xla_backend_optimization_level': 0}  # compiles in half the time
+
+
+def learn(merger, tiny, steps):
+  """Takes steps on one batch; returns the metrics."""
+  batch = tiny.batch(merger.plan.phases, size=8)
+  batches = jax.tree.map(lambda x: jnp.stack([x] * steps), batch)
+  state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
+  run = jax.jit(dj.scan_steps(merger), compiler_options=FAST)
+  return run(state, tiny.base, tiny.experts, None, batches)[1]
+
+
+def test_adamerging_lowers_its_loss(tiny):
+  merger = dj.adamerging(tiny.logits_fn, tx=optax.adam(0.02), steps=30)
+  loss = learn(merger, tiny, 30)['coefficients/loss'].sum(axis=1)
+  assert loss[-1] < 0.8 * loss[0]
+  assert (jnp.diff(loss) < 0).all()
+
+
+def test_dam_robust_lowers_its_losses_and_the_adversary_raises_its_own(tiny):
+  merger = dj.dam_robust(
+    tiny.logits_fn, image_shape=SHAPE, area=3.0, warmup_ascents=40, steps=30
+  )
+  metrics = learn(merger, tiny, merger.plan.steps)
+  warm = merger.plan.steps - 30
+  gain = metrics['perturbation/loss'].sum(axis=1)
+  assert gain[warm - 1] < gain[0] - 0.3  # the loss that it lowers is minus it
+  for name in ('clean/loss', 'safety/loss'):
+    loss = metrics[name][warm:].sum(axis=1)
+    assert loss[-1] < loss[0] - 0.1
+
+
+def preprocess(images):
+  return (images - 0.5) / 0.25
+
+
+def released(tiny, **options):
+  """Returns the states after 1, 2, 3 and 4 steps, 3 of them of the mask."""
+  merger = dj.dam_released(
+    tiny.logits_fn,
+    image_shape=SHAPE,
+    mask=Mask(tx=optax.sgd(1.0)),
+    tx=optax.sgd(1.0),
+    adversary_tx=optax.adam(0.1),
+    safety_weight=1.0,
+    preprocess_fn=preprocess,
+    steps=3,
+    coefficient_steps=1,
+    **options,
+  )
+  state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
+  step = jax.jit(merger.step, compiler_options=FAST)
+  states = []
+  for i in range(4):
+    batch = tiny.batch(merger.plan.phases, seed=i)
+    state, metrics = step(state, tiny.base, tiny.experts, batch)
+    states.append(state)
+  assert metrics['finite']
+  return merger, states
+
+
+@pytest.fixture(scope='module')
+def all_quirks(tiny):
+  return released(tiny)
+
+
+# The first step in whose state the quirk shows, and where.
+FIRST = {
+  'stale_inner': (1, 'coefficients'),
+  'leak_outer': (1, 'coefficients'),
+  'leak_last': (3, 'coefficients'),
+  'persistent_adam': (0, 'coefficients'),
+  'clip_normalized': (0, 'masks'),
+  'sampled_mask': (3, 'coefficients'),
+}
+
+
+@pytest.mark.parametrize('quirk', FIRST)
+def test_a_quirk_changes_the_result_from_its_step_on(quirk, tiny, all_quirks):
+  quirks = dataclasses.replace(Quirks(), **{quirk: False})
+  _, without = released(tiny, quirks=quirks)
+  _, states = all_quirks
+  first, field = FIRST[quirk]
+  for i, (one, other) in enumerate(zip(states, without, strict=True)):
+    pairs = {
+      name: zip(
+        jax.tree.leaves(getattr(one, name)),
+        jax.tree.leaves(getattr(other, name)),
+        strict=True,
+      )
+      for name in ('masks', 'coefficients')
+    }
+    differ = {
+      name: any(bool(jnp.abs(x - y).max() > 1e-4) for x, y in pair)
+      for name, pair in pairs.items()
+    }
+    if i < first:
+      assert not any(differ.values()), f'step {i}'
+    elif i == first:
+      assert differ[field], f'step {i}'
+
+
+def logits_fn(params, images):
+  raise AssertionError('no model is called before the first step')
+
+
+def test_published_plans():
+  plan = dj.dam_released(logits_fn, image_shape=SHAPE).plan
+  assert plan == dj.Plan(steps=2000, phases=3)
+  fixed = dj.dam_released(
+    logits_fn, image_shape=SHAPE, granularity='arithmetic'
+  )
+  assert fixed.plan == dj.Plan(steps=2000, phases=2)
+  assert dj.adamerging(logits_fn).plan == dj.Plan(steps=1000, phases=1)
+  assert dj.concrete(logits_fn).plan == dj.Plan(steps=2000, phases=2)
+
+
+def test_dam_is_its_modes():
+  plan = dj.dam(logits_fn, image_shape=SHAPE).plan
+  assert plan == dj.Plan(steps=50 + 300, phases=6, references=True)
+  assert plan == dj.dam(logits_fn, mode='robust', image_shape=SHAPE).plan
+  released = dj.dam(logits_fn, mode='released', image_shape=SHAPE, steps=7)
+  assert released.plan == dj.Plan(steps=1007, phases=3)
+  paper = dj.dam(logits_fn, mode='paper', image_shape=SHAPE, ascents=3)
+  assert paper.plan == dj.Plan(steps=2000, phases=6)
+
+
+@pytest.mark.parametrize(
+  ('make', 'options', 'message'),
+  [
+    (dj.dam, {'mode': 'plain'}, "mode must be one of .* got 'plain'"),
+    (dj.adamerging, {'granularity': 'arithmetic'}, "got 'arithmetic'"),
+    (dj.adamerging, {'granularity': 'layer'}, "got 'layer'"),
+    (dj.adamerging, {'steps': -1}, 'got -1'),
+    (dj.concrete, {'final': 'mean'}, "final must be one of .* got 'mean'"),
+    (dj.concrete, {'granularity': 'layer'}, "got 'layer'"),
+    (dj.dam_released, {'final': 'mean'}, "got 'mean'"),
+    (dj.dam_released, {'steps': -5}, 'mask_steps must not .* got -5'),
+    (dj.dam_paper, {'masks': ('shared', 'third')}, r"'third'\)"),
+    (dj.dam_paper, {'masks': ()}, r'got \(\)'),
+    (dj.dam_paper, {'masks': ('safety',) * 2}, r"got \('safety', 'safety'\)"),
+    (dj.dam_paper, {'update': 'both'}, "update must .* got 'both'"),
+    (dj.dam_paper, {'inner_gradient': 'none'}, "inner_gradient .* 'none'"),
+    (dj.dam_paper, {'safety_loss': 'kl'}, "safety_loss .* got 'kl'"),
+    (dj.dam_paper, {'radius': -1.0}, 'radius .* got -1.0'),
+    (dj.dam_paper, {'ascents': 0}, 'ascents and restarts .* got 0 and 1'),
+    (dj.dam_robust, {'ascents': 0}, 'ascents and restarts .* got 0 and 2'),
+    (dj.dam_robust, {'area': 17.0}, 'area .* 4 x 4 pixels, got 17.0'),
+    (dj.dam_robust, {'image_shape': (4, 4)}, r'image_shape .* got \(4, 4\)'),
+    (dj.dam_robust, {'granularity': 'layer'}, "got 'layer'"),
+  ],
+)
+def test_bad_options_are_named(make, options, message):
+  if make not in (dj.adamerging, dj.concrete):
+    options = {'image_shape': SHAPE, **options}
+  with pytest.raises(ValueError, match=message):
+    make(logits_fn, **options)
