@@ -200,13 +200,12 @@ class _Events(dict):
     self.combine, self.predict = jit(combine), jit(predict)
 
   def add(self, what, value):
-    """Adds an event and returns its name."""
+    """Adds an event."""
     name = f'{what}/{self._count[what]}'
     self._count[what] += 1
     self[name] = np.asarray(value)
     if _MOVED.get(what) in self.scales:
       self.weights[name] = self.scales[_MOVED[what]]
-    return name
 
   def merge(self, w, values):
     """Adds one use of the coefficients; returns the merged vector."""
@@ -296,10 +295,9 @@ def _mask_step(events, o, inputs, step, values, *, post):
 def _coefficient_steps(events, o, inputs, steps, w, values):
   """Adds the events of the steps that learn coefficients, from `w`."""
   alone = not values  # AdaMerging takes each task's gradient by itself.
-  used = []
+  earlier = set(events)
   for before, after, metrics, images in steps:
     theta, loss = events.merge(w, values), metrics['coefficients/loss']
-    used.append(list(events)[-2])
     events.entropies(theta, (images[0], loss), backward=alone)
     if not alone:
       events.add('backward_loss', loss.sum())
@@ -312,12 +310,13 @@ def _coefficient_steps(events, o, inputs, steps, w, values):
       inputs.by_leaf,
     )
     w = after.coefficients
+  # The reference wrote its uses down as views of what Adam went on to move.
+  for name in set(events) - earlier:
+    if name.startswith('merge_weight_used/'):
+      events[name] = inputs.by_leaf(w)
+      events.weights[name] = events.scales['adam_merge_weight']
   for _ in range(2 if alone else 1):
     events.merge(w, values)
-  # The reference wrote these down as views of what Adam went on to move.
-  for name in used:
-    events[name] = inputs.by_leaf(w)
-    events.weights[name] = events.scales['adam_merge_weight']
 
 
 def _events(file, method, granularity, o, inputs, jit, unread):
