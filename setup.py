@@ -18,8 +18,9 @@ CORE = [
   'ml_collections>=1.1.0',
   'numpy>=2.0',
   'optax>=0.2.6',
-  'orbax-checkpoint>=0.11.25',
+  'orbax-checkpoint>=0.12.0',
   'safetensors>=0.6.1',
+  'scipy>=1.13',
 ]
 # What pip brings as data, and readers of data sets that are already prepared.
 DATA = [

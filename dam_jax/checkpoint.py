@@ -142,7 +142,8 @@ def _read(
       tensor = file.get_tensor(name_map.to_name(path))
       axes = name_map.axes(path)
       out[...] = tensor if axes is None else tensor.transpose(axes)
-      if out.dtype.kind == 'f' and not np.isfinite(out).all():
+      floating = jnp.issubdtype(out.dtype, jnp.floating)
+      if floating and not np.isfinite(out).all():
         count = int(out.size - np.isfinite(out).sum())
         bad.append(f'{header.path}: {path}: {count} of {out.size} not finite')
   return bad
@@ -312,7 +313,7 @@ def save_params(
     axes = name_map.axes(leaf)
     if axes is not None:
       array = array.transpose(np.argsort(axes))
-    tensors[name_map.to_name(leaf)] = np.ascontiguousarray(array)
+    tensors[name_map.to_name(leaf)] = np.asarray(array, order='C')
   _raise_if(overflow, f'leaves that {dtype} cannot hold:')
   with replacing(path) as temporary:
     save_file(tensors, temporary, metadata=dict(metadata or {'format': 'pt'}))
@@ -403,7 +404,7 @@ def save_state(path: epath.PathLike, state: Any) -> None:
   """
   from orbax.checkpoint import v1 as ocp  # slow to import, rarely needed
 
-  ocp.save_pytree(epath.Path(path).resolve(), _key_data(state), overwrite=True)
+  ocp.save(epath.Path(path).resolve(), _key_data(state), overwrite=True)
 
 
 def restore_state(path: epath.PathLike, like: Any) -> Any:
@@ -425,7 +426,7 @@ def restore_state(path: epath.PathLike, like: Any) -> Any:
   path = epath.Path(path).resolve()
   if not path.exists():
     raise ValueError(f'{path}: no such state')
-  data = ocp.load_pytree(path, _key_data(like))
+  data = ocp.load(path, _key_data(like))
   return jax.tree.map(
     lambda old, new: (
       jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))
