@@ -334,6 +334,7 @@ def save_trigger(path: epath.PathLike, trigger: Trigger) -> None:
   """
   arrays = {name: np.asarray(value) for name, value in vars(trigger).items()}
   path = pathlib.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.tmp')
   with temporary.open('wb') as file:
     np.savez_compressed(file, allow_pickle=False, **arrays)

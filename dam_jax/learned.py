@@ -256,17 +256,15 @@ def dam_paper(
   """Defense-Aware Merging as its paper describes it: two masks in turn.
 
   A step adapts the coefficients, moves a universal perturbation a task inside
-  an L-infinity ball, lowers the safety loss on perturbed images over the
-  backdoor-detection mask M2, then the entropy on clean images over the
-  task-shared mask M1.
+  an L-infinity ball, lowers the safety loss over the backdoor-detection mask
+  M2, then the entropy on clean images over the task-shared mask M1.
 
   Args:
     logits_fn: one forward pass for all tasks.
     image_shape: `(H, W, C)`.
     granularity: 'arithmetic', 'task' or 'leaf'.
     init: every coefficient at the start.
-    masks: both, or one of them for an ablation. A single mask takes both
-      losses in one update.
+    masks: both, or one for an ablation, which then takes both losses.
     shared_mask: M1 and what learns it.
     safety_mask: M2, which starts as a filter that lets nearly all through.
     update: 'alternate', or 'joint' for both masks on the sum of both losses.

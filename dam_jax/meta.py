@@ -172,10 +172,12 @@ class _Engine:
 
   def finalize(self, state, base, experts) -> Params:
     """Returns the merged model, like the base."""
-    model = _model(base, experts)
+    model, c = _model(base, experts), self.spec.coefficients
+    coefficients = state.coefficients
+    if c.inner_tx is not None and not self.spec.coefficient_steps:
+      coefficients = jnp.full_like(coefficients, c.init)
     values = self._final_values(state)
-    theta = self._combine(model, state.coefficients, values)
-    return model.base.unravel(theta)
+    return model.base.unravel(self._combine(model, coefficients, values))
 
   # --- masks ---
 
