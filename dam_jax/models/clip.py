@@ -409,3 +409,23 @@ def zero_shot(
     return jnp.where(heads.mask[:, None], heads.scale * cosines, MASKED_LOGIT)
 
   return logits_fn
+
+
+def zero_shot_task(
+  features_fn: Callable[[Params, jax.Array], jax.Array], heads: Heads
+) -> Callable[[Params, Any, jax.Array], jax.Array]:
+  """Makes logits for the images of one task, which may be traced.
+
+  Args:
+    features_fn: `(params, pixels [N, H, W, C]) -> features [N, D]`.
+    heads: of the tasks.
+
+  Returns:
+    `(params, task, pixels [N, H, W, C]) -> logits [N, L]`.
+  """
+
+  def logits_fn(params, task, pixels):
+    own = Heads(heads.weights[task][None], heads.mask[task][None], heads.scale)
+    return zero_shot(features_fn, own)(params, pixels[None])[0]
+
+  return logits_fn

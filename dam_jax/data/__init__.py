@@ -1,0 +1,1 @@
+"""Images and pools of experts; imported by name, never by the core."""
