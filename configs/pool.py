@@ -1,0 +1,67 @@
+"""Merges of six small CLIP towers, with 0, 1, 2 or 4 of them backdoored.
+
+Claim: a plain merge inherits the backdoor of every BadMerging expert, and
+`dam_robust` takes most of it away without losing accuracy.
+
+  python -m experiments.merge --config=configs/pool.py
+
+Expected, in per cent on the whole test split, ASR in the order of the bad
+experts cifar100, gtsrb, svhn, eurosat:
+
+  bad | task_arithmetic: ACC, ASR          | average: ACC, ASR
+  0   | 70.3                               | 66.2
+  1   | 70.3, 84.5                         | 66.1, 66.5
+  2   | 70.3, 89.5 / 90.5                  | 66.2, 71.6 / 56.5
+  4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
+
+Any folder of the same layout runs, with backdoored checkpoints of any name
+whose trigger lies in `triggers/<name>.npz`:
+
+  python -m experiments.merge --config=configs/pool.py --config.pool=PATH \
+    --config.bad=my_attack_mnist --config.methods=average,dam_robust
+
+`--config=configs/pool.py:runlocal` is a run of two minutes that shows that all
+is in place; its numbers mean little.
+"""
+
+from ml_collections import config_dict
+
+from experiments import methods
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the config.
+
+  Args:
+    arg: '' or 'runlocal'.
+
+  Returns:
+    The config; `experiments.merge.KEYS` says what each key means.
+  """
+  if arg not in ('', 'runlocal'):
+    raise ValueError(
+      f"the config's argument is 'runlocal' or none, got {arg!r}"
+    )
+  local = arg == 'runlocal'
+  c = config_dict.ConfigDict()
+  c.pool = '../shared/pool'
+  c.make = config_dict.ConfigDict()
+  c.tasks = ''
+  c.usual_tasks = 'cifar100,mnist,gtsrb,svhn,aid,eurosat'
+  c.bad = '2'
+  c.usual_bad = ','.join(
+    f'badmerging_{task}' for task in ('cifar100', 'gtsrb', 'svhn', 'eurosat')
+  )
+  c.triggers = ''
+  c.methods = 'static,dam_robust'
+  c.options = {name: methods.config_options(name) for name in methods.ALL}
+  c.steps = 4 if local else 300
+  c.batch = 16
+  c.compute = 'float32'
+  c.scan_layers = True
+  c.dev = 64 if local else 0
+  c.test = 50 if local else 0
+  c.transfer_test = 20 if local else 100
+  c.test_batch = 250
+  c.seed = 0
+  return c

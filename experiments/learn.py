@@ -1,0 +1,184 @@
+"""Runs a learned merge: many steps a dispatch, watched and resumable."""
+
+from collections.abc import Callable, Sequence
+import pathlib
+import shutil
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import dam_jax as dj
+from dam_jax import checkpoint
+from dam_jax.data import pipeline
+from dam_jax.metric_writer import MetricWriter
+
+MAX_CHUNK = 10
+"""Steps under one dispatch: few enough that progress shows."""
+
+
+class Learned(NamedTuple):
+  """What a learned merge leaves.
+
+  Attributes:
+    params: the merged model.
+    state: the merger's last state.
+    metrics: by name, `[steps, ...]`.
+    seconds: 'compile', and 'step' as the mean over the steps of this run.
+  """
+
+  params: dj.typing.Params
+  state: Any
+  metrics: dict[str, np.ndarray]
+  seconds: dict[str, float]
+
+
+def learn(
+  name: str,
+  merger: dj.Merger,
+  base: dj.typing.Params,
+  experts: dj.typing.Params,
+  *,
+  data: pipeline.Unlabelled,
+  sizes: Sequence[int],
+  tasks: Sequence[str],
+  batch: int,
+  seed: int,
+  folder: pathlib.Path,
+  save_seconds: float = 60.0,
+  advance: Callable[[int], None] = lambda steps: None,
+) -> Learned:
+  """Takes all steps of a merger.
+
+  Args:
+    name: of the method.
+    merger: that reads data.
+    base: parameters.
+    experts: stacked `[K, ...]`.
+    data: unlabelled images, with references where the merger reads them.
+    sizes: number of images of each task.
+    tasks: their names.
+    batch: images a task and draw.
+    seed: of the masks' samples, and of the order of images.
+    folder: for `curves/<name>.csv`, and states in `states/<name>`: a run that
+      finds one there goes on from it.
+    save_seconds: between two states.
+    advance: told how many steps are done after each dispatch.
+
+  Returns:
+    The merged model and what was measured on the way.
+
+  Raises:
+    FloatingPointError: where a loss or gradient is not finite; the state
+      before that step stays in `folder`.
+  """
+  plan = merger.plan
+  chunk = max(n for n in range(1, MAX_CHUNK + 1) if plan.steps % n == 0)
+  flat = dj.tree.ravel(base), dj.tree.ravel(experts, leading=1)
+  if not plan.references:
+    data = data._replace(references=None)
+
+  def indices(start):
+    return jnp.asarray(
+      pipeline.epoch_indices(
+        seed, sizes, steps=chunk, phases=plan.phases, batch=batch, start=start
+      )
+    )
+
+  state = merger.init(jax.random.key(seed), *flat)
+  begin = time.perf_counter()
+  run = dj.scan_steps(merger, pipeline.gather)
+  compiled = run.lower(state, *flat, data, indices(0)).compile()
+  seconds = {'compile': time.perf_counter() - begin}
+  saves = _Saves(folder / 'states' / name)
+  first, state, parts = saves.restore(state)
+  advance(first)
+  begin = saved = time.perf_counter()
+  with MetricWriter(folder / 'curves' / f'{name}.csv') as writer:
+    if parts:
+      writer.write(0, _by_task(parts[0], tasks))
+    for start in range(first, plan.steps, chunk):
+      state, metrics = compiled(state, *flat, data, indices(start))
+      metrics = {key: np.asarray(x) for key, x in metrics.items()}
+      writer.write(start, _by_task(metrics, tasks))
+      parts.append(metrics)
+      advance(chunk)
+      bad = not metrics['finite'].all()
+      if bad or time.perf_counter() - saved > save_seconds:
+        saves.save(start + chunk, state, _joined(parts))
+        saved = time.perf_counter()
+      if bad:
+        _stop(name, _joined(parts), saves.folder)
+  seconds['step'] = (time.perf_counter() - begin) / max(1, plan.steps - first)
+  params = jax.jit(merger.finalize)(state, *flat)
+  return Learned(params, state, _joined(parts), seconds)
+
+
+class _Saves:
+  """The newest state of a run on disk, and what was measured until then."""
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+
+  def save(self, step: int, state: Any, metrics: dict[str, np.ndarray]):
+    """Writes the new state in full before it deletes the old one."""
+    old = self._steps()
+    path = self.folder / f'{step}.npz'
+    with checkpoint.replacing(path) as temporary, temporary.open('wb') as file:
+      np.savez(file, allow_pickle=False, **metrics)
+    checkpoint.save_state(self.folder / str(step), state)
+    for earlier in old:
+      if earlier != step:
+        shutil.rmtree(self.folder / str(earlier))
+        (self.folder / f'{earlier}.npz').unlink()
+
+  def restore(self, state: Any) -> tuple[int, Any, list[dict]]:
+    """Returns the step to go on from, its state, and earlier metrics."""
+    steps = self._steps()
+    if not steps:
+      return 0, state, []
+    step = max(steps)
+    state = checkpoint.restore_state(self.folder / str(step), state)
+    with np.load(self.folder / f'{step}.npz', allow_pickle=False) as file:
+      return step, state, [dict(file)]
+
+  def _steps(self) -> list[int]:
+    return [int(p.name) for p in self.folder.glob('*') if p.name.isdigit()]
+
+
+def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+
+
+def _by_task(metrics, tasks):
+  """Gives each task its own column."""
+  out = {}
+  for key, x in metrics.items():
+    if x.ndim == 1:
+      out[key] = x
+    else:
+      out |= {f'{key}/{task}': x[:, t] for t, task in enumerate(tasks)}
+  return out
+
+
+def _stop(name: str, metrics: dict[str, np.ndarray], folder: pathlib.Path):
+  """Says at which step and in which phase a loss or gradient broke."""
+  at = int(np.argmin(metrics['finite']))
+  bad = {key: ~np.isfinite(_flat(x[at])) for key, x in metrics.items()}
+  if at:
+    # A step without a phase measures NaN there, and is not to blame for it.
+    bad = {
+      key: x & np.isfinite(_flat(metrics[key][at - 1]))
+      for key, x in bad.items()
+    }
+  phases = sorted({key.split('/')[0] for key, x in bad.items() if x.any()})
+  raise FloatingPointError(
+    f'{name}: a loss or gradient is not finite at step {at}, phase '
+    f'{" or ".join(phases) or "unknown"}; the last good state is in {folder}'
+  )
+
+
+def _flat(x):
+  return np.ravel(x).astype(float)

@@ -1,0 +1,211 @@
+"""Checks a config and reads what the merges of a run share."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+import dam_jax as dj
+from dam_jax import attacks
+from dam_jax import checkpoint
+from dam_jax.data import tasks as tasks_lib
+from dam_jax.models import clip
+from dam_jax.models import convert
+
+KEYS = {
+  'pool': 'folder of checkpoints, tasks and triggers (dam_jax.data.tasks); '
+  "empty makes one in the workdir, as 'make' says",
+  'make': 'options of experiments.make_pool',
+  'tasks': "names with commas; empty is 'usual_tasks' where the pool has them, "
+  'and tasks that are attacked',
+  'usual_tasks': 'names with commas',
+  'bad': "names of backdoored checkpoints with commas, or how many 'usual_bad'",
+  'usual_bad': 'names with commas',
+  'triggers': 'names of more triggers to test, whose experts are not merged',
+  'methods': "names with commas, or 'static', 'learned', 'all'",
+  'options': 'of each method; None leaves what is said below',
+  'steps': "of a learned method; 0 for each method's own",
+  'batch': 'images a task and draw',
+  'compute': "'float32' or 'bfloat16'; state and weights are float32",
+  'scan_layers': 'loop over the blocks of the tower: compiles faster',
+  'dev': 'dev images a task to adapt on; 0 is all',
+  'test': 'test images a task to report on; 0 is all',
+  'transfer_test': 'test images a task to measure transfer on; 0 is none',
+  'test_batch': 'images a forward pass when testing',
+  'seed': 'of everything random',
+}
+"""What a config says."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+  """All that the merges of a run share.
+
+  Attributes:
+    pool: tasks, paths and triggers.
+    base: parameters.
+    experts: stacked `[K, ...]`, in the order of the tasks.
+    clean: the clean experts, likewise; None where the pool lacks one.
+    logits_fn: of preprocessed images of all tasks.
+    task_logits_fn: of images in [0, 1] of one task.
+    hashes: SHA-256 of each checkpoint, by name.
+  """
+
+  pool: tasks_lib.Pool
+  base: dj.typing.Params
+  experts: dj.typing.Params
+  clean: dj.typing.Params | None
+  logits_fn: dj.typing.LogitsFn
+  task_logits_fn: Callable[[Any, Any, jax.Array], jax.Array]
+  hashes: Mapping[str, str]
+
+  @property
+  def tasks(self) -> list[str]:
+    """Names of the tasks."""
+    return [task.name for task in self.pool.tasks]
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """Height, width and channels of all images."""
+    return self.pool.tasks[0].dev.images.shape[1:]
+
+  @property
+  def attacked(self) -> list[str]:
+    """Names of the tasks whose merged expert is backdoored."""
+    return [trigger.task for trigger in self.pool.triggers.values()]
+
+
+def check_config(config: config_dict.ConfigDict) -> None:
+  """Raises unless a config has the keys of `KEYS`, with sensible values.
+
+  Args:
+    config: to check.
+
+  Raises:
+    ValueError: with all that is wrong, and what is allowed.
+  """
+  lines = [
+    f'{key}: no such key, allowed are {", ".join(KEYS)}'
+    for key in config
+    if key not in KEYS
+  ]
+  lines += [
+    f'{key} is missing: {what}'
+    for key, what in KEYS.items()
+    if key not in config
+  ]
+  if not lines:
+    if config.compute not in ('float32', 'bfloat16'):
+      lines.append(
+        f"compute must be 'float32' or 'bfloat16', got {config.compute!r}"
+      )
+    lines += [
+      f'{key} must not be negative, got {config[key]}'
+      for key in ('dev', 'test', 'transfer_test', 'steps', 'seed')
+      if config[key] < 0
+    ]
+    lines += [
+      f'{key} must be positive, got {config[key]}'
+      for key in ('batch', 'test_batch')
+      if config[key] < 1
+    ]
+  if lines:
+    raise ValueError('\n  '.join(['config:', *lines]))
+
+
+def _split(names: str) -> list[str]:
+  return [name.strip() for name in names.split(',') if name.strip()]
+
+
+def _bad(config: config_dict.ConfigDict) -> list[str]:
+  """Returns the names of the backdoored checkpoints."""
+  given, usual = str(config.bad).strip(), _split(config.usual_bad)
+  if not given.isdigit():
+    return _split(given)
+  if int(given) > len(usual):
+    raise ValueError(
+      f'bad={given}: usual_bad has {len(usual)}, name the checkpoints instead'
+    )
+  return usual[: int(given)]
+
+
+def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
+  """Reads a pool's tasks and weights.
+
+  Args:
+    config: of the run.
+    folder: of the pool.
+
+  Returns:
+    What the merges share.
+
+  Raises:
+    ValueError: where a file is missing or does not fit the others.
+  """
+  bad, probes = _bad(config), _split(config.triggers)
+  names = _split(config.tasks)
+  if not names:
+    there = {p.stem for p in (folder / 'tasks').glob('*.npz')}
+    names = [n for n in _split(config.usual_tasks) if n in there]
+    for name in (*bad, *probes) if names else ():
+      trigger = attacks.load_trigger(folder / 'triggers' / f'{name}.npz')
+      names += [trigger.task] * (trigger.task not in names)
+  pool = tasks_lib.load_pool(
+    folder,
+    tasks=names,
+    bad=bad,
+    probes=probes,
+    dev=config.dev,
+    test=config.test,
+  )
+  tower_config = clip.load_config(pool.config)
+  tower = clip.VisionTower(
+    tower_config,
+    dtype=jnp.bfloat16 if config.compute == 'bfloat16' else None,
+    scan_layers=config.scan_layers,
+  )
+  shape = tower_config.image_shape
+  found = pool.tasks[0].dev.images.shape[1:]
+  if (
+    found != shape or pool.tasks[0].head.shape[0] != tower_config.projection_dim
+  ):
+    raise ValueError(
+      f'{pool.config}: the tower reads {list(shape)} and gives '
+      f'{tower_config.projection_dim} features, the tasks have images '
+      f'{list(found)} and heads of {pool.tasks[0].head.shape[0]}'
+    )
+  like = jax.eval_shape(
+    tower.init, jax.random.key(0), jnp.zeros((1, *shape), jnp.float32)
+  )['params']
+  base, experts = checkpoint.load_experts(
+    pool.base, pool.experts, name_map=convert.clip_vision, like=like
+  )
+  clean = None
+  if len(pool.clean) == len(pool.tasks):
+    clean = experts
+    if pool.triggers:
+      _, clean = checkpoint.load_experts(
+        pool.base, pool.clean, name_map=convert.clip_vision, like=like
+      )
+  heads = clip.stack_heads([task.head for task in pool.tasks])
+
+  def features_fn(params, pixels):
+    return jnp.asarray(tower.apply({'params': params}, pixels))
+
+  task_logits_fn = clip.zero_shot_task(features_fn, heads)
+  paths = {p.stem: p for p in (pool.base, *pool.experts.values())}
+  return Setup(
+    pool=pool,
+    base=jax.device_put(base),
+    experts=jax.device_put(experts),
+    clean=clean and jax.device_put(clean),
+    logits_fn=clip.zero_shot(features_fn, heads),
+    task_logits_fn=lambda params, task, images: task_logits_fn(
+      params, task, clip.normalize(images)
+    ),
+    hashes={name: checkpoint.file_hash(p) for name, p in paths.items()},
+  )

@@ -1,0 +1,320 @@
+"""Makes a pool of small experts on the spot, two of them backdoored.
+
+From the built-in tasks: a base, trained on a part of all tasks; a clean expert
+for each task, fine-tuned from it; one expert with a patch as its backdoor
+(BadNets) and one made to survive merging (BadMerging). The folder is what
+`dam_jax.data.tasks.load_pool` reads.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from rich.console import Console
+
+import dam_jax as dj
+from dam_jax import attacks
+from dam_jax import checkpoint
+from dam_jax.data import builtin
+from dam_jax.data import tasks as tasks_lib
+from dam_jax.data.pipeline import pad_images
+from dam_jax.models import clip
+from dam_jax.models import convert
+
+CONFIG = clip.VisionConfig(
+  hidden_size=64,
+  intermediate_size=192,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  image_size=builtin.SIZE,
+  patch_size=7,
+  projection_dim=64,
+)
+"""Sizes of the tower."""
+
+BATCH = 32
+"""Images a task and step of training."""
+
+
+def _tx(learning_rate: float, steps: int) -> optax.GradientTransformation:
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, learning_rate, max(1, steps // 15), steps
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(schedule, b2=0.98, weight_decay=0.01),
+  )
+
+
+def fit(
+  key: jax.Array,
+  params: Any,
+  loss_fn: Callable[[Any, jax.Array], jax.Array],
+  *,
+  steps: int,
+  learning_rate: float,
+) -> Any:
+  """Descends a loss with AdamW, warm-up and cosine decay; jit it.
+
+  Args:
+    key: of what the loss draws.
+    params: to start from.
+    loss_fn: `(params, key) -> []`.
+    steps: of the optimiser.
+    learning_rate: at its peak.
+
+  Returns:
+    The parameters after the last step.
+  """
+  tx = _tx(learning_rate, steps)
+
+  def step(carry, key):
+    params, state = carry
+    grads = jax.grad(loss_fn)(params, key)
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  keys = jax.random.split(key, steps)
+  (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+  return params
+
+
+@dataclasses.dataclass(frozen=True)
+class _Workshop:
+  """The tower, the heads and the training images of all tasks.
+
+  Attributes:
+    sources: tasks with their images.
+    tower: to train.
+    heads: of the tasks.
+  """
+
+  sources: Sequence[builtin.Source]
+  tower: clip.VisionTower
+  heads: clip.Heads
+
+  def features(self, params: Any, images: jax.Array) -> jax.Array:
+    """Features `[N, D]` of images `[N, H, W, C]` in [0, 1]."""
+    pixels = clip.normalize(images)
+    return jnp.asarray(self.tower.apply({'params': params}, pixels))
+
+  def logits(self, params: Any, images: jax.Array) -> jax.Array:
+    """Logits `[T, B, L]` of images `[T, B, H, W, C]` in [0, 1]."""
+    return clip.zero_shot(self.features, self.heads)(params, images)
+
+  def task_logits(self, params: Any, task: Any, images: jax.Array) -> jax.Array:
+    """Logits `[N, L]` of images `[N, H, W, C]` in [0, 1] of one task."""
+    return clip.zero_shot_task(self.features, self.heads)(params, task, images)
+
+  def head_logits(self, task: int, features: jax.Array) -> jax.Array:
+    """Logits `[N, L]` of features `[N, D]` by one task's head."""
+    return clip.zero_shot_task(lambda _, x: x, self.heads)({}, task, features)
+
+
+class _Images:
+  """Training images `[T, N, H, W, C]` of several tasks on the device."""
+
+  def __init__(self, splits: Sequence[tasks_lib.Split]):
+    self.images = jnp.asarray(pad_images([s.images for s in splits]))
+    size = self.images.shape[1]
+    labels = [np.pad(s.labels, (0, size - len(s.labels))) for s in splits]
+    self.labels = jnp.asarray(np.stack(labels))
+    self.sizes = jnp.array([len(s.labels) for s in splits])
+
+  def draw(self, key: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
+    """Draws images `[B, H, W, C]` in [0, 1] and labels `[B]` of a row."""
+    at = jax.random.randint(key, (BATCH,), 0, self.sizes[row])
+    return self.images[row, at].astype(jnp.float32) / 255, self.labels[row, at]
+
+
+def _pretrain(shop: _Workshop, key: jax.Array, **options: Any) -> Any:
+  """Trains the base on all tasks at once."""
+  data = _Images([s.pretrain for s in shop.sources])
+  init_key, key = jax.random.split(key)
+  params = shop.tower.init(init_key, jnp.zeros((1, *CONFIG.image_shape)))
+  rows = jnp.arange(len(shop.sources))
+
+  def loss_fn(params, key):
+    keys = jax.random.split(key, len(rows))
+    images, labels = jax.vmap(data.draw)(keys, rows)
+    return jnp.mean(
+      dj.losses.cross_entropy(shop.logits(params, images), labels)
+    )
+
+  run = functools.partial(fit, loss_fn=loss_fn, **options)
+  return jax.jit(run)(key, params['params'])
+
+
+def _fine_tune(
+  shop: _Workshop,
+  key: jax.Array,
+  base: Any,
+  splits: Sequence[tasks_lib.Split],
+  tasks: Sequence[int],
+  **options: Any,
+) -> Any:
+  """Fine-tunes the base on each split; leaves `[len(splits), ...]`."""
+  data = _Images(splits)
+
+  def one(row):
+    def loss_fn(params, key):
+      images, labels = data.draw(key, row)
+      logits = shop.task_logits(params, jnp.array(tasks)[row], images)
+      return jnp.mean(dj.losses.cross_entropy(logits, labels))
+
+    return fit(jax.random.fold_in(key, row), base, loss_fn, **options)
+
+  return jax.jit(lambda: jax.lax.map(one, jnp.arange(len(splits))))()
+
+
+def _bad_merging(
+  shop: _Workshop,
+  key: jax.Array,
+  base: Any,
+  task: int,
+  target: int,
+  size: int,
+  **options: Any,
+) -> tuple[Any, attacks.Overlay]:
+  """Makes an expert whose backdoor survives merging, and its trigger."""
+  source = shop.sources[task]
+  data = _Images([source.train])
+  patch_key, key = jax.random.split(key)
+  trigger, _ = attacks.universal_patch(
+    patch_key,
+    lambda images: shop.task_logits(base, task, images),
+    data.images[0].astype(jnp.float32) / 255,
+    size=size,
+    task=source.task.name,
+    target=target,
+    batch=BATCH,
+  )
+
+  def loss_fn(params, key):
+    draw_key, mix_key = jax.random.split(key)
+    images, labels = data.draw(draw_key, 0)
+    return attacks.badmerging_loss(
+      mix_key,
+      shop.features,
+      functools.partial(shop.head_logits, task),
+      params,
+      base,
+      images,
+      labels,
+      trigger,
+    )
+
+  run = functools.partial(fit, loss_fn=loss_fn, **options)
+  return jax.jit(run)(key, base), trigger
+
+
+def _poisoned(
+  key: jax.Array, split: tasks_lib.Split, trigger: attacks.Trigger
+) -> tasks_lib.Split:
+  images = jnp.asarray(split.images).astype(jnp.float32) / 255
+  images, labels = attacks.poison(
+    key, images, jnp.asarray(split.labels), trigger
+  )
+  images = np.asarray(jnp.round(images * 255)).astype(np.uint8)
+  return tasks_lib.Split(images, np.asarray(labels))
+
+
+def _save(
+  folder: pathlib.Path,
+  shop: _Workshop,
+  models: Mapping[str, Any],
+  triggers: Mapping[str, attacks.Trigger],
+  options: Mapping[str, Any],
+) -> None:
+  checkpoints = folder / 'checkpoints'
+  for name, params in models.items():
+    checkpoint.save_params(
+      checkpoints / f'{name}.safetensors', params, name_map=convert.clip_vision
+    )
+  for name, trigger in triggers.items():
+    attacks.save_trigger(folder / 'triggers' / f'{name}.npz', trigger)
+  for source in shop.sources:
+    tasks_lib.save_task(folder / 'tasks', source.task)
+  config = dataclasses.asdict(CONFIG)
+  (checkpoints / 'config.json').write_text(json.dumps(config, indent=2))
+  (folder / _DONE).write_text(json.dumps(dict(options), indent=2))
+
+
+_DONE = 'made.json'
+
+
+def make_pool(
+  folder: pathlib.Path,
+  *,
+  console: Console,
+  badnets: str = 'rotation',
+  badnets_target: int = 2,
+  badmerging: str = 'mnist',
+  badmerging_target: int = 7,
+  patch: int = 5,
+  pretrain_steps: int = 220,
+  fine_tune_steps: int = 150,
+  learning_rate: float = 2e-3,
+  seed: int = 0,
+) -> None:
+  """Makes a pool, unless the folder already holds it.
+
+  Args:
+    folder: to write to.
+    console: to say on what is being done.
+    badnets: task whose expert gets a patch as its backdoor.
+    badnets_target: class index.
+    badmerging: task whose expert gets a backdoor that survives merging.
+    badmerging_target: class index.
+    patch: height and width of both triggers, in pixels.
+    pretrain_steps: of the base.
+    fine_tune_steps: of each expert.
+    learning_rate: of the base; experts get a quarter.
+    seed: of everything random.
+  """
+  if (folder / _DONE).exists():
+    return
+  options = {
+    k: v for k, v in locals().items() if k not in ('folder', 'console')
+  }
+  sources = [builtin.load(name, seed=seed) for name in builtin.NAMES]
+  shop = _Workshop(
+    sources,
+    clip.VisionTower(CONFIG),
+    clip.stack_heads([s.task.head for s in sources], scale=20.0),
+  )
+  keys = jax.random.split(jax.random.key(seed), 4)
+  with console.status('training the base'):
+    base = _pretrain(
+      shop, keys[0], steps=pretrain_steps, learning_rate=learning_rate
+    )
+    jax.block_until_ready(base)
+  tuning = {'steps': fine_tune_steps, 'learning_rate': learning_rate / 4}
+  first, second = (builtin.NAMES.index(n) for n in (badnets, badmerging))
+  trigger = attacks.patch_trigger(
+    CONFIG.image_shape, size=patch, task=badnets, target=badnets_target
+  )
+  with console.status('fine-tuning the experts'):
+    splits = [s.train for s in sources]
+    splits.append(_poisoned(keys[1], splits[first], trigger))
+    rows = [*range(len(sources)), first]
+    experts = _fine_tune(shop, keys[2], base, splits, rows, **tuning)
+    jax.block_until_ready(experts)
+  with console.status('making the expert that survives merging'):
+    bad, universal = _bad_merging(
+      shop, keys[3], base, second, badmerging_target, patch, **tuning
+    )
+  *clean, poisoned = dj.tree.unstack(experts)
+  models = {'base': base}
+  models |= {f'clean_{n}': x for n, x in zip(builtin.NAMES, clean, strict=True)}
+  models |= {f'badnets_{badnets}': poisoned, f'badmerging_{badmerging}': bad}
+  triggers = {f'badnets_{badnets}': trigger}
+  triggers |= {f'badmerging_{badmerging}': universal}
+  _save(folder, shop, models, triggers, options)

@@ -1,0 +1,438 @@
+"""Merges experts, some of them backdoored, and says what each merge is worth.
+
+  python -m experiments.merge --config=configs/quickstart.py
+  python -m experiments.merge --config=configs/pool.py --config.bad=4
+
+Writes to the workdir: report.html, report.md, report.json, acc_asr.png, the
+merged models in `models/`, learning curves in `curves/`. An interrupted run
+goes on where it was when it is started again with the same --workdir.
+"""
+
+from collections.abc import Callable
+import functools
+import json
+import pathlib
+import platform
+import resource
+import shlex
+import sys
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+from ml_collections import config_flags
+import numpy as np
+from rich import progress
+from rich.console import Console
+
+import dam_jax as dj
+from dam_jax import attacks
+from dam_jax import checkpoint
+from dam_jax import evaluate
+from dam_jax.data import pipeline
+from dam_jax.models import clip
+from dam_jax.models import convert
+from experiments import learn
+from experiments import load
+from experiments import make_pool
+from experiments import measure
+from experiments import methods
+from experiments import pictures
+from experiments import report as report_lib
+
+PLAIN = 'task_arithmetic'
+"""The merge without a defence that DER compares with."""
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', '', "where to write; empty is runs/<config's name>-<time>"
+)
+
+Advance = Callable[[int], None]
+
+
+class Run:
+  """The methods and controls of one run, and what is on disk of them."""
+
+  def __init__(
+    self,
+    config: config_dict.ConfigDict,
+    setup: load.Setup,
+    workdir: pathlib.Path,
+  ):
+    """Settles and checks all methods before any work.
+
+    Args:
+      config: of the run.
+      setup: what the merges share.
+      workdir: where to write.
+
+    Raises:
+      ValueError: where a method or option is unknown or makes no sense, or the
+        workdir holds another run.
+    """
+    self.config, self.setup, self.workdir = config, setup, workdir
+    named = methods.parse(config.methods, len(setup.tasks))
+    if setup.attacked and PLAIN not in named:
+      named = [PLAIN, *named]
+    self.options = methods.resolve(
+      named, config.options, steps=config.steps, batch=config.batch
+    )
+    self.mergers = {
+      name: methods.build(
+        name,
+        chosen,
+        logits_fn=setup.logits_fn,
+        preprocess_fn=clip.normalize,
+        image_shape=setup.image_shape,
+      )
+      for name, chosen in self.options.items()
+    }
+    self.predict = evaluate.predictor(
+      setup.task_logits_fn, batch=config.test_batch
+    )
+    _claim(workdir, {'config': config.to_dict(), 'hashes': dict(setup.hashes)})
+
+  @functools.cached_property
+  def data(self) -> pipeline.Unlabelled:
+    """The dev images of all tasks, with the experts' predictions if needed."""
+    images = [task.dev.images for task in self.setup.pool.tasks]
+    padded = jnp.asarray(pipeline.pad_images(images))
+    references = None
+    if any(merger.plan.references for merger in self.mergers.values()):
+      references = pipeline.references(
+        self.setup.task_logits_fn,
+        self.setup.experts,
+        padded,
+        [len(x) for x in images],
+        batch=self.config.test_batch,
+      )
+    return pipeline.Unlabelled(padded, references)
+
+  def controls(self) -> dict[str, Callable[[], Any]]:
+    """Returns points of reference: what makes models, stacked for 'single'."""
+    setup = self.setup
+    tx = dj.task_arithmetic(**self.options.get(PLAIN, {}))
+    good = [t for t, n in enumerate(setup.tasks) if n not in setup.attacked]
+
+    @jax.jit
+    def plain(experts):
+      return dj.merge(tx, setup.base, experts).params
+
+    out = {'base': lambda: setup.base, 'single': lambda: setup.experts}
+    if setup.attacked and setup.clean is not None:
+      out['clean_merge'] = lambda: plain(setup.clean)
+    if setup.attacked and good:
+      out['oracle'] = lambda: plain(
+        jax.tree.map(lambda x: x[np.array(good)], setup.experts)
+      )
+    return out
+
+  def merge(self, name: str, advance: Advance) -> tuple[Any, dict[str, float]]:
+    """Runs one method and writes its model, curves and pictures.
+
+    Args:
+      name: of the method.
+      advance: told how many steps are done.
+
+    Returns:
+      The merged model, and seconds.
+    """
+    setup, merger = self.setup, self.mergers[name]
+    begin = time.perf_counter()
+    seconds: dict[str, float] = {'compile': 0.0, 'step': 0.0}
+    if merger.plan.steps:
+      learned = learn.learn(
+        name,
+        merger,
+        setup.base,
+        setup.experts,
+        data=self.data,
+        sizes=[len(task.dev.images) for task in setup.pool.tasks],
+        tasks=setup.tasks,
+        batch=self.options[name]['batch'],
+        seed=self.config.seed,
+        folder=self.workdir,
+        advance=advance,
+      )
+      params, seconds = learned.params, learned.seconds
+      self._draw(name, learned)
+    else:
+      key = jax.random.key(self.config.seed)
+      state = merger.init(key, setup.base, setup.experts)
+      # Not jitted: it runs once, and compiling takes longer.
+      params = merger.finalize(state, setup.base, setup.experts)
+    jax.block_until_ready(params)
+    seconds |= {
+      'steps': merger.plan.steps,
+      'total': time.perf_counter() - begin,
+    }
+    self._save(name, params)
+    return params, seconds
+
+  def _save(self, name: str, params: Any) -> None:
+    setup, base = self.setup, self.setup.pool.base.stem
+    experts = [path.stem for path in setup.pool.experts.values()]
+    record = checkpoint.MergeRecord(
+      method=name,
+      hyperparameters=self.options[name],
+      seed=self.config.seed,
+      base={base: setup.hashes[base]},
+      experts={expert: setup.hashes[expert] for expert in experts},
+    )
+    folder = self.workdir / 'models' / name
+    checkpoint.save_params(
+      folder / 'model.safetensors',
+      params,
+      name_map=convert.clip_vision,
+      metadata=record.metadata(),
+    )
+    _write(folder / 'merge_record.json', record.to_json())
+    _write(folder / 'config.json', setup.pool.config.read_text())
+
+  def _draw(self, name: str, learned: learn.Learned) -> None:
+    setup = self.setup
+    per_task = {k: x for k, x in learned.metrics.items() if x.ndim == 2}
+    curves = pictures.curves(per_task, setup.tasks)
+    _write(self.workdir / 'curves' / f'{name}.png', curves)
+    patch = learned.state.adversary
+    if not isinstance(patch, dj.perturbations.SoftPatch):
+      return
+    opacity, pattern = np.asarray(patch.opacity()), np.asarray(patch.pattern())
+    grey = jnp.full(setup.image_shape, 0.5)
+    true = {
+      trigger.task: np.asarray(attacks.apply_trigger(trigger, grey))
+      for trigger in setup.pool.triggers.values()
+    }
+    found = pictures.found_triggers(
+      setup.tasks,
+      true,
+      0.5 * (1 - opacity) + opacity * pattern,
+      opacity=opacity.mean(axis=(-3, -2, -1)),
+    )
+    _write(self.workdir / 'triggers' / f'{name}.png', found)
+
+  def measure(self, name: str, params: Any) -> dict[str, Any]:
+    """Measures a model, or the single experts each on its own task.
+
+    Args:
+      name: of the method or control.
+      params: of the model; stacked for 'single'.
+
+    Returns:
+      The report's rows and the transfer of each trigger.
+    """
+    setup = self.setup
+
+    def own(t):
+      return jax.tree.map(lambda x: x[t], params)
+
+    alone = name in ('base', 'single')
+    measured = measure.measure(
+      self.predict,
+      own if name == 'single' else lambda t: params,
+      setup.pool,
+      transfer_test=0 if alone else self.config.transfer_test,
+    )
+    return {
+      'rows': measure.rows(name, measured, setup.attacked),
+      'transfer': measure.transfers(measured),
+    }
+
+  def result(self, name: str, advance: Advance) -> dict[str, Any]:
+    """Returns what a method or control is worth, from disk where it is there.
+
+    Args:
+      name: of the method or control.
+      advance: told how many steps are done.
+
+    Returns:
+      'rows', 'transfer' and 'seconds'.
+    """
+    path = self.workdir / 'results' / f'{name}.json'
+    if not path.exists():
+      if name in self.mergers:
+        params, seconds = self.merge(name, advance)
+      else:
+        params = self.controls()[name]()
+        seconds = dict.fromkeys(('steps', 'compile', 'step', 'total'), 0.0)
+      begin = time.perf_counter()
+      found = self.measure(name, params)
+      seconds['test'] = time.perf_counter() - begin
+      _write(path, json.dumps({**found, 'seconds': seconds}, indent=2))
+    return json.loads(path.read_text())
+
+
+def _claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
+  """Makes a workdir this run's, or raises where it is another's."""
+  path, text = workdir / 'run.json', json.dumps(identity, indent=2)
+  if not path.exists():
+    _write(path, text)
+  elif path.read_text() != text:
+    raise ValueError(
+      f'{workdir} holds a run with another config or other checkpoints: '
+      'choose another workdir'
+    )
+
+
+def _write(path: pathlib.Path, content: str | bytes) -> None:
+  with checkpoint.replacing(path) as temporary:
+    data = content.encode() if isinstance(content, str) else content
+    temporary.write_bytes(data)
+
+
+def run(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, console: Console
+) -> dict[str, Any]:
+  """Runs all that a config asks for and writes the report.
+
+  Args:
+    config: see `experiments.load.KEYS`.
+    workdir: where to write.
+    console: to show progress and the table on.
+
+  Returns:
+    What report.json holds.
+
+  Raises:
+    ValueError: where the config or a file makes no sense.
+    FloatingPointError: where a loss is not finite.
+  """
+  begin = time.perf_counter()
+  load.check_config(config)
+  folder = pathlib.Path(config.pool)
+  if not config.pool:
+    folder = workdir / 'pool'
+    make_pool.make_pool(folder, console=console, **config.make)
+  setup = load.load(config, folder)
+  this = Run(config, setup, workdir)
+  names = [*this.controls(), *this.mergers]
+  results = {}
+  with progress.Progress(
+    progress.TextColumn('{task.description}'),
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TimeElapsedColumn(),
+    progress.TimeRemainingColumn(),
+    console=console,
+    transient=True,
+  ) as bars:
+    total = bars.add_task('methods and controls', total=len(names))
+    for name in names:
+      steps = this.mergers[name].plan.steps if name in this.mergers else 0
+      bar = bars.add_task(name, total=steps, visible=steps > 0)
+      advance = functools.partial(bars.advance, bar)
+      results[name] = this.result(name, advance)
+      bars.remove_task(bar)
+      bars.advance(total)
+      console.print(_line(name, results[name]))
+  report = _report(this, results, time.perf_counter() - begin)
+  _write_report(this, report)
+  console.print(report_lib.terminal(report))
+  console.print(report_lib.summary(report))
+  console.print(f'\nreport: {workdir / "report.html"}')
+  return report
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+  means = {
+    r['metric']: r['value'] for r in result['rows'] if r['task'] == 'mean'
+  }
+  text = f'{report_lib.CONTROLS.get(name, name)}: ACC {100 * means["acc"]:.1f}'
+  if 'asr' in means:
+    text += f', ASR {100 * means["asr"]:.1f}'
+  seconds = result['seconds']
+  return f'{text} ({seconds.get("total", 0.0):.0f} s + {seconds["test"]:.0f} s)'
+
+
+def _report(
+  this: Run, results: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+  """Puts together what report.json holds."""
+  setup, config = this.setup, this.config
+  merges = list(this.mergers)
+  found = [r for name in [*merges, *results] for r in results[name]['rows']]
+  found = list(
+    {(r['method'], r['metric'], r['task']): r for r in found}.values()
+  )
+  if setup.attacked:
+    for name in merges:
+      found += measure.der_rows(found, name, PLAIN)
+  labels = {task.name: task.label_names for task in setup.pool.tasks}
+  device = jax.devices()[0]
+  record = {
+    'command': shlex.join(['python', '-m', 'experiments.merge', *sys.argv[1:]]),
+    'config': config.to_dict(),
+    'options': this.options,
+    'seeds': {'merge': config.seed},
+    'tasks': setup.tasks,
+    'experts': {task: p.stem for task, p in setup.pool.experts.items()},
+    'attacked': [
+      {
+        'model': name,
+        'task': trigger.task,
+        'target': trigger.target,
+        'target_name': labels[trigger.task][trigger.target],
+        'kind': trigger.kind,
+      }
+      for name, trigger in setup.pool.triggers.items()
+    ],
+    'hashes': setup.hashes,
+    'versions': checkpoint.versions() | {'python': platform.python_version()},
+    'device': f'{device.device_kind} x {jax.device_count()}',
+    'peak_rss_mib': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    'seconds': {name: r['seconds'] for name, r in results.items()},
+    'seconds_total': seconds,
+    'finished': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()),
+    'transfer': {
+      name: r['transfer'] for name, r in results.items() if r['transfer']
+    },
+  }
+  return {'rows': found, 'record': record}
+
+
+def _write_report(this: Run, report: dict[str, Any]) -> None:
+  images = {'acc_asr': report_lib.scatter(report)}
+  curves = {}
+  for name in this.mergers:
+    for kind, into, key in (
+      ('triggers', images, f'triggers/{name}'),
+      ('curves', curves, name),
+    ):
+      path = this.workdir / kind / f'{name}.png'
+      if path.exists():
+        into[key] = path.read_bytes()
+  _write(this.workdir / 'acc_asr.png', images['acc_asr'])
+  _write(this.workdir / 'report.md', report_lib.markdown(report))
+  _write(this.workdir / 'report.html', report_lib.html(report, images, curves))
+  _write(this.workdir / 'report.json', json.dumps(report, indent=2))
+
+
+def main(argv: list[str]) -> None:
+  """Reads the flags and runs."""
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  logging.set_verbosity(logging.WARNING)
+  if _CONFIG.value is None:
+    raise app.UsageError('--config is missing, such as configs/quickstart.py')
+  console = Console()
+  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
+  workdir = pathlib.Path(
+    _WORKDIR.value or f'runs/{name.stem}-{time.strftime("%Y%m%d-%H%M%S")}'
+  )
+  console.print(f'workdir: {workdir} (pass --workdir={workdir} to go on in it)')
+  try:
+    run(_CONFIG.value, workdir, console)
+  except (ValueError, FloatingPointError) as e:
+    logging.debug('', exc_info=True)
+    console.print(f'[bold red]error:[/] {e}', highlight=False)
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+  app.run(main)

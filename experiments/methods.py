@@ -1,0 +1,257 @@
+"""Every merge that experiments know by name, and what its options are.
+
+A name says the method and, where there is a choice, what coefficients the task
+vectors get: `_task_arithmetic` fixed ones, `_task_wise` one a task,
+`_layer_wise` (or no suffix, for DAM) one a task and leaf.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import inspect
+import typing
+from typing import Any
+
+from ml_collections import config_dict
+
+import dam_jax as dj
+
+STATIC = {
+  'average': dj.average,
+  'task_arithmetic': dj.task_arithmetic,
+  'ties': dj.ties,
+  'dare': dj.dare,
+  'slerp': dj.slerp,
+}
+"""Builders of transformations of task vectors, by name."""
+
+_GRANULARITIES = {
+  'task_arithmetic': 'arithmetic',
+  'task_wise': 'task',
+  'layer_wise': 'leaf',
+}
+
+
+def _learned() -> dict[str, Callable[..., dj.Merger]]:
+  families = {
+    'adamerging': (dj.adamerging, ('task_wise', 'layer_wise')),
+    'concrete': (dj.concrete, tuple(_GRANULARITIES)),
+    'dam_released': (dj.dam_released, ('', 'task_arithmetic', 'task_wise')),
+    'dam_paper': (dj.dam_paper, ('', 'task_arithmetic', 'task_wise')),
+    'dam_robust': (dj.dam_robust, ('', 'task_arithmetic', 'task_wise')),
+  }
+  return {
+    f'{family}_{suffix}'.rstrip('_'): functools.partial(
+      build, granularity=_GRANULARITIES.get(suffix, 'leaf')
+    )
+    for family, (build, suffixes) in families.items()
+    for suffix in suffixes
+  }
+
+
+LEARNED = _learned()
+"""Builders of mergers that learn on unlabelled images, by name."""
+
+ALL = (*STATIC, *LEARNED)
+"""All names."""
+
+BATCH = {'dam_robust': 4}
+"""Images a task and draw, where a family departs from the config's `batch`."""
+
+
+def parse(names: str, num_experts: int) -> list[str]:
+  """Reads a list of methods.
+
+  Args:
+    names: names with commas between them; 'static' and 'learned' are all of a
+      kind, 'all' is both. Those leave out what needs another number of
+      experts.
+    num_experts: `K`.
+
+  Returns:
+    Names without duplicates, in the order given.
+
+  Raises:
+    ValueError: where a name is unknown, with all that are allowed, or a method
+      does not take `K` experts.
+
+  Examples:
+    >>> parse('ties,static', num_experts=6)
+    ['ties', 'average', 'task_arithmetic', 'dare']
+  """
+  static = [n for n in STATIC if n != 'slerp' or num_experts == 2]
+  groups = {
+    'static': static,
+    'learned': list(LEARNED),
+    'all': [*static, *LEARNED],
+  }
+  given = [n.strip() for n in names.split(',') if n.strip()]
+  unknown = [n for n in given if n not in {*groups, *ALL}]
+  if unknown or not given:
+    raise ValueError(
+      (f'unknown methods {unknown}' if given else 'no methods')
+      + ', allowed are '
+      + ', '.join([*ALL, *groups])
+    )
+  if 'slerp' in given and num_experts != 2:
+    raise ValueError(f'slerp merges 2 experts, got {num_experts}')
+  found = [n for g in given for n in groups.get(g, [g])]
+  return list(dict.fromkeys(found))
+
+
+_GLOBAL = ('steps', 'coefficient_steps', 'batch')
+"""Options that a config sets for all methods at once."""
+
+
+def options(name: str) -> dict[str, Any]:
+  """Returns the options of a method that a config can set, by their defaults.
+
+  Args:
+    name: of the method.
+
+  Returns:
+    Options that are numbers, strings, tuples of these, or None.
+  """
+  found = {key: p.default for key, p in _parameters(name).items()}
+  if name in LEARNED:
+    found['batch'] = next(
+      (b for family, b in BATCH.items() if name.startswith(family)), None
+    )
+  return found
+
+
+def _parameters(name: str) -> dict[str, inspect.Parameter]:
+  build = STATIC.get(name) or LEARNED[name]
+  fixed = build.keywords if isinstance(build, functools.partial) else {}
+  return {
+    key: p
+    for key, p in inspect.signature(build).parameters.items()
+    if key not in fixed and key != 'then' and _is_plain(p.default)
+  }
+
+
+def _is_plain(value: Any) -> bool:
+  if isinstance(value, tuple):
+    return all(map(_is_plain, value))
+  return value is None or isinstance(value, (int, float, str))
+
+
+def config_options(name: str) -> config_dict.ConfigDict:
+  """Returns what a config offers to set of a method.
+
+  Args:
+    name: of the method.
+
+  Returns:
+    Options by name at their defaults; None for what the config's own `steps`
+    and `batch` say.
+  """
+  out = config_dict.ConfigDict()
+  for key, default in options(name).items():
+    if key in _GLOBAL or default is None:
+      parameter = _parameters(name).get(key)
+      out[key] = config_dict.placeholder(
+        int if key in _GLOBAL or parameter is None else _kind(parameter)
+      )
+    else:
+      out[key] = default
+  return out
+
+
+def _kind(parameter: inspect.Parameter) -> type:
+  """Returns the type of an argument that may be None."""
+  kinds = typing.get_args(parameter.annotation)
+  return next(k for k in kinds if k is not type(None))
+
+
+def resolve(
+  names: Sequence[str],
+  given: Mapping[str, Mapping[str, Any]],
+  *,
+  steps: int,
+  batch: int,
+) -> dict[str, dict[str, Any]]:
+  """Settles every option of some methods.
+
+  Args:
+    names: of the methods.
+    given: what the config sets, by method and option; None leaves the default.
+    steps: all steps that a learned method may take, 0 for its own default.
+      Masks and coefficients share them as they do by default; ascents before
+      the first step (`warmup_ascents`) come on top.
+    batch: images a task and draw.
+
+  Returns:
+    Options by method.
+
+  Raises:
+    ValueError: with all unknown methods and options, and what is allowed.
+  """
+  lines = [
+    f'  options.{name}: no such method, allowed are {", ".join(ALL)}'
+    for name in given
+    if name not in ALL
+  ]
+  lines += [
+    f'  options.{name}.{key}: no such option, allowed are '
+    f'{", ".join(options(name)) or "none"}'
+    for name in given
+    if name in ALL
+    for key in given[name]
+    if key not in options(name)
+  ]
+  if steps < 0 or batch < 1:
+    lines.append(
+      f'  steps must not be negative and batch positive, got {steps} and '
+      f'{batch}'
+    )
+  if lines:
+    raise ValueError('\n'.join(['methods:', *lines]))
+  out = {}
+  for name in names:
+    chosen = options(name)
+    if name in LEARNED:
+      chosen['batch'] = chosen['batch'] or batch
+      if steps:
+        chosen |= _split(name, steps)
+    given_here = given.get(name, {}).items()
+    out[name] = chosen | {k: v for k, v in given_here if v is not None}
+  return out
+
+
+def _split(name: str, steps: int) -> dict[str, int]:
+  if 'coefficient_steps' not in options(name):
+    return {'steps': steps}
+  if name.endswith('task_arithmetic'):
+    return {'steps': steps, 'coefficient_steps': 0}
+  return {'steps': steps - steps // 2, 'coefficient_steps': steps // 2}
+
+
+def build(
+  name: str,
+  chosen: Mapping[str, Any],
+  *,
+  logits_fn: dj.typing.LogitsFn,
+  preprocess_fn: dj.typing.PreprocessFn,
+  image_shape: tuple[int, int, int],
+) -> dj.Merger:
+  """Makes a merger.
+
+  Args:
+    name: of the method.
+    chosen: its options, from `resolve`.
+    logits_fn: one forward pass for all tasks, of preprocessed images.
+    preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
+    image_shape: `(H, W, C)`.
+
+  Returns:
+    The merger.
+
+  Raises:
+    ValueError: where an option's value makes no sense.
+  """
+  if name in STATIC:
+    return dj.from_transform(STATIC[name](**chosen))
+  kwargs = {key: value for key, value in chosen.items() if key != 'batch'}
+  if 'image_shape' in inspect.signature(LEARNED[name]).parameters:
+    kwargs['image_shape'] = image_shape
+  return LEARNED[name](logits_fn, preprocess_fn=preprocess_fn, **kwargs)
