@@ -31,6 +31,14 @@ def pytest_addoption(parser):
   )
 
 
+@pytest.fixture(autouse=True, scope='session')
+def _compile_fast():
+  """Tests compile much and compute little."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
 @pytest.fixture(scope='session')
 def shared() -> Path:
   """The folder of checkpoints and reference arrays beside the repository."""

@@ -11,7 +11,6 @@ from dam_jax.masks import Mask
 from dam_jax.meta_spec import Shared
 
 SHAPE = (4, 4, 3)
-FAST = {'xla_backend_optimization_level': 0}  # compiles in half the time
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +32,7 @@ def repair(make, tiny, experts, **options):
     **options,
   )
   state = merger.init(jax.random.key(0), tiny.base, experts)
-  step = jax.jit(merger.step, compiler_options=FAST)
+  step = jax.jit(merger.step)
   for i in range(2):
     batch = tiny.batch(merger.plan.phases, seed=i)
     state, metrics = step(state, tiny.base, experts, batch)

@@ -12,7 +12,6 @@ from dam_jax.learned import Quirks
 from dam_jax.masks import Mask
 
 SHAPE = (4, 4, 3)
-FAST = {'xla_backend_optimization_level': 0}  # compiles in half the time
 
 
 def learn(merger, tiny, steps):
@@ -20,7 +19,7 @@ def learn(merger, tiny, steps):
   batch = tiny.batch(merger.plan.phases, size=8)
   batches = jax.tree.map(lambda x: jnp.stack([x] * steps), batch)
   state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
-  run = jax.jit(dj.scan_steps(merger), compiler_options=FAST)
+  run = jax.jit(dj.scan_steps(merger))
   return run(state, tiny.base, tiny.experts, None, batches)[1]
 
 
@@ -63,7 +62,7 @@ def released(tiny, **options):
     **options,
   )
   state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
-  step = jax.jit(merger.step, compiler_options=FAST)
+  step = jax.jit(merger.step)
   states = []
   for i in range(4):
     batch = tiny.batch(merger.plan.phases, seed=i)

@@ -16,7 +16,6 @@ import pytest
 import dam_jax as dj
 
 SHAPE = (4, 4, 3)
-FAST = {'xla_backend_optimization_level': 0}  # compiles in half the time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Run:
       self.traces += 1
       return self.merger.step(*args)
 
-    self.step = jax.jit(step, compiler_options=FAST)
+    self.step = jax.jit(step)
 
   def batches(self):
     plan = self.merger.plan
@@ -347,7 +346,7 @@ def test_sharded_gives_what_one_device_gives(name, axis, tiny, get_run):
   assert_close(got, want, 1e-4)
 
 
-@pytest.mark.parametrize('name', ['paper_leaf', 'robust_leaf', 'repo_sau'])
+@pytest.mark.parametrize('name', ['paper_leaf', 'repo_sau'])
 def test_bfloat16_logits_leave_the_state_in_float32(name, tiny, get_run):
   def logits_fn(params, images):
     return tiny.logits_fn(params, images.astype(jnp.bfloat16))

@@ -13,7 +13,6 @@ from dam_jax.meta_spec import Coefficients
 from dam_jax.meta_spec import MetaSpec
 
 SHAPE = (4, 4, 3)
-FAST = {'xla_backend_optimization_level': 0}  # compiles in half the time
 
 
 @pytest.mark.parametrize(
@@ -90,7 +89,7 @@ def test_exact_inner_gradient_is_the_derivative_and_first_order_is_not(tiny):
 
     def gradient_and_loss(merger):
       state = merger.init(jax.random.key(0), base, experts)
-      step = jax.jit(merger.step, compiler_options=FAST)
+      step = jax.jit(merger.step)
 
       def at(logits):
         moved = state._replace(masks={'shared': logits})
