@@ -121,12 +121,12 @@ def load_task(path: epath.PathLike, *, dev: int = 0, test: int = 0) -> Task:
   path = epath.Path(path)
   try:
     with np.load(path, allow_pickle=False) as file:
-      missing = [name for name in _FIELDS if name not in file.files]
-      if missing:
-        raise ValueError(f'{path}: a task lacks {", ".join(missing)}')
-      found = {name: file[name] for name in _FIELDS}
-  except (OSError, EOFError, zipfile.BadZipFile) as e:
+      found = {name: file[name] for name in _FIELDS if name in file.files}
+  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
     raise ValueError(f'{path}: not a readable task: {e}') from e
+  missing = [name for name in _FIELDS if name not in found]
+  if missing:
+    raise ValueError(f'{path}: a task lacks {", ".join(missing)}')
   splits = {}
   for name, num in (('dev', dev), ('test', test)):
     images, labels = found[f'{name}_images'], found[f'{name}_labels']
