@@ -113,6 +113,18 @@ def test_a_quirk_changes_the_result_from_its_step_on(quirk, tiny, all_quirks):
       assert differ[field], f'step {i}'
 
 
+def test_coefficients_start_anew_under_the_final_mask(tiny):
+  merger = dj.concrete(
+    tiny.logits_fn, tx=optax.set_to_zero(), steps=1, coefficient_steps=1
+  )
+  state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
+  step = jax.jit(merger.step)
+  state, _ = step(state, tiny.base, tiny.experts, tiny.batch(2))
+  assert (state.coefficients != jnp.float32(0.3)).any()
+  state, _ = step(state, tiny.base, tiny.experts, tiny.batch(2))
+  assert (state.coefficients == jnp.float32(0.3)).all()
+
+
 def logits_fn(params, images):
   raise AssertionError('no model is called before the first step')
 

@@ -75,7 +75,7 @@ def test_shared_adversarial_rests_once_the_class_is_unlearned():
 
 def test_unlearn_shared_takes_what_fools_the_reference_only():
   logits = jnp.asarray(make_logits(0)[:1, :4])
-  clean = 9 * jax.nn.one_hot(jnp.array([[0, 1, 2, 3]]), L)
+  clean = 9 * jax.nn.one_hot(jnp.array([[0, 1, 3, 3]]), L)
   # Fools both, agrees with the model's own clean prediction, does not fool.
   reference_clean = jnp.array([[0, 0, 2, 3]])
   reference_wrong = jnp.array([[1, 1, 2, 0]])

@@ -248,8 +248,19 @@ def test_stages_move_what_they_should(run):
 
     assert all(moved('masks')) == (stage == 1 or not old.masks)
     assert any(moved('masks')) == (stage == 1 and bool(old.masks))
+    assert any(moved('mask_states')) == (stage == 1 and bool(old.masks))
     assert any(moved('adversary')) == run.method.adversary[stage]
+    assert any(moved('adversary_state')) == run.method.adversary[stage]
+    assert any(moved('coefficient_state')) == (stage == 2)
     assert any(moved('coefficients')) == (run.method.coefficients and stage > 0)
+
+
+def test_restarts_of_the_adversary_take_turns(get_run):
+  states, _ = get_run('robust_leaf').first
+  for i, (old, new) in enumerate(itertools.pairwise(states)):
+    for x, y in zip(old.adversary, new.adversary, strict=True):
+      moved = (x != y).any(axis=(1, 2, 3, 4))
+      assert moved.tolist() == [i % 2 == 0, i % 2 == 1]
 
 
 def test_merged_model_is_like_the_base(run):
