@@ -15,9 +15,6 @@ from dam_jax import checkpoint
 from dam_jax.data import pipeline
 from dam_jax.metric_writer import MetricWriter
 
-MAX_CHUNK = 10
-"""Steps under one dispatch: few enough that progress shows."""
-
 
 class Learned(NamedTuple):
   """What a learned merge leaves.
@@ -35,6 +32,19 @@ class Learned(NamedTuple):
   seconds: dict[str, float]
 
 
+def check_batch(merger: dj.Merger, sizes: Sequence[int], batch: int) -> None:
+  """Raises ValueError unless every task has enough images for a batch.
+
+  Args:
+    merger: that reads them.
+    sizes: number of images of each task.
+    batch: images a task and draw.
+  """
+  pipeline.epoch_indices(
+    0, sizes, steps=1, phases=merger.plan.phases, batch=batch
+  )
+
+
 def learn(
   name: str,
   merger: dj.Merger,
@@ -47,6 +57,7 @@ def learn(
   batch: int,
   seed: int,
   folder: pathlib.Path,
+  max_chunk: int = 10,
   save_seconds: float = 60.0,
   advance: Callable[[int], None] = lambda steps: None,
 ) -> Learned:
@@ -64,6 +75,8 @@ def learn(
     seed: of the masks' samples, and of the order of images.
     folder: for `curves/<name>.csv`, and states in `states/<name>`: a run that
       finds one there goes on from it.
+    max_chunk: steps under one dispatch, fewer where they do not divide all:
+      few enough that progress shows.
     save_seconds: between two states.
     advance: told how many steps are done after each dispatch.
 
@@ -75,7 +88,7 @@ def learn(
       before that step stays in `folder`.
   """
   plan = merger.plan
-  chunk = max(n for n in range(1, MAX_CHUNK + 1) if plan.steps % n == 0)
+  chunk = max(n for n in range(1, max_chunk + 1) if plan.steps % n == 0)
   flat = dj.tree.ravel(base), dj.tree.ravel(experts, leading=1)
   if not plan.references:
     data = data._replace(references=None)

@@ -93,10 +93,18 @@ class Run:
       )
       for name, chosen in self.options.items()
     }
+    for name, merger in self.mergers.items():
+      if merger.plan.steps:
+        learn.check_batch(merger, self.sizes, self.options[name]['batch'])
     self.predict = evaluate.predictor(
       setup.task_logits_fn, batch=config.test_batch
     )
     _claim(workdir, {'config': config.to_dict(), 'hashes': dict(setup.hashes)})
+
+  @property
+  def sizes(self) -> list[int]:
+    """Number of dev images of each task."""
+    return [len(task.dev.images) for task in self.setup.pool.tasks]
 
   @functools.cached_property
   def data(self) -> pipeline.Unlabelled:
@@ -109,7 +117,7 @@ class Run:
         self.setup.task_logits_fn,
         self.setup.experts,
         padded,
-        [len(x) for x in images],
+        self.sizes,
         batch=self.config.test_batch,
       )
     return pipeline.Unlabelled(padded, references)
@@ -153,7 +161,7 @@ class Run:
         setup.base,
         setup.experts,
         data=self.data,
-        sizes=[len(task.dev.images) for task in setup.pool.tasks],
+        sizes=self.sizes,
         tasks=setup.tasks,
         batch=self.options[name]['batch'],
         seed=self.config.seed,
@@ -393,7 +401,7 @@ def _report(
       name: r['transfer'] for name, r in results.items() if r['transfer']
     },
   }
-  return {'rows': found, 'record': record}
+  return json.loads(json.dumps({'rows': found, 'record': record}))
 
 
 def _write_report(this: Run, report: dict[str, Any]) -> None:
