@@ -38,6 +38,7 @@ EXPERIMENTS = [
   'rich>=13.7',
   'scikit-learn>=1.5',
 ]
+BENCH = ['rich>=13.7']
 TEST = [
   *DATA,
   *EXPERIMENTS,
@@ -71,6 +72,7 @@ setup(
   extras_require={
     'data': DATA,
     'experiments': EXPERIMENTS,
+    'bench': BENCH,
     'test': unique(TEST),
     'all': unique(DATA, EXPERIMENTS, TEST),
   },

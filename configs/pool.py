@@ -58,10 +58,10 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.steps = 4 if local else 300
   c.batch = 16
   c.compute = 'float32'
-  c.scan_layers = True
+  c.scan_layers = False
   c.dev = 64 if local else 0
   c.test = 50 if local else 0
   c.transfer_test = 20 if local else 100
-  c.test_batch = 250
+  c.test_batch = 100
   c.seed = 0
   return c

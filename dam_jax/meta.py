@@ -279,26 +279,22 @@ class _Engine:
           gain -= r.shared.divergence * jnp.mean(apart, axis=-1)
         fooled = jnp.mean((wrong != labels).astype(gain.dtype), axis=-1)
         loss = adversary.price(params).astype(gain.dtype) - jnp.sum(gain)
-        return loss, (-gain, fooled)
+        return loss, {'loss': -gain, 'fooled': fooled}
 
-      grads, aux = jax.grad(objective, has_aux=True)(params)
+      grads, found = jax.grad(objective, has_aux=True)(params)
+      found['grad_norm'] = optax.tree.norm(grads)
       updates, opt_state = adversary.tx.update(grads, opt_state, params)
       params = adversary.project(optax.apply_updates(params, updates))
-      return (params, opt_state), aux
+      return (params, opt_state), found
 
-    own, (each, fooled) = lax.scan(
-      ascend, own, (batch.images, batch.references)
-    )
+    own, found = lax.scan(ascend, own, (batch.images, batch.references))
     params, opt_state = jax.tree.map(
       lambda old, new: old.at[turn].set(new),
       (state.adversary, state.adversary_state),
       own,
     )
     state = state._replace(adversary=params, adversary_state=opt_state)
-    return state, {
-      'perturbation/loss': each[-1],
-      'perturbation/fooled': fooled[-1],
-    }
+    return state, {f'perturbation/{key}': x[-1] for key, x in found.items()}
 
   def _outer(self, state, model, draws, clean: float, safety: float):
     """Returns `theta -> (loss, metrics)` over one or two draws of images."""

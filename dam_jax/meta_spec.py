@@ -182,6 +182,7 @@ class MetaSpec:
     per_task, norms = [], []
     if self.adversary is not None:
       per_task += ['perturbation/loss', 'perturbation/fooled']
+      norms += ['perturbation']
     if self.mask_steps:
       per_task += ['inner/loss'] * (self.coefficients.inner_tx is not None)
       per_task += ['clean/loss'] * any(clean for _, clean, _ in self.updates)

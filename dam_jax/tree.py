@@ -62,19 +62,31 @@ def flatten(tree: Any) -> dict[str, Any]:
   Returns:
     A dict from path to leaf, in the order of `jax.tree.leaves`.
 
+  Raises:
+    ValueError: where two leaves have the same path.
+
   Examples:
     >>> flatten({'a': {'b': 1}, 'c': 2})
     {'a/b': 1, 'c': 2}
   """
-  return dict(zip(names(tree), jax.tree.leaves(tree), strict=True))
+  leaves = dict(zip(paths := names(tree), jax.tree.leaves(tree), strict=True))
+  if len(leaves) < len(paths):
+    twice = sorted({p for p in paths if paths.count(p) > 1})
+    raise ValueError(f'two leaves have the same path: {", ".join(twice)}')
+  return leaves
 
 
 def _is_float(x: Any) -> bool:
   return jnp.issubdtype(jnp.result_type(x), jnp.floating)
 
 
+def _dtype(x: Any) -> Any:
+  # Not jnp.result_type, which takes float64 for float32 while x64 is off.
+  return x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
+
+
 def _describe(x: Any) -> str:
-  return f'{jnp.result_type(x).name}{list(jnp.shape(x))}'
+  return f'{_dtype(x).name}{list(jnp.shape(x))}'
 
 
 def differences(
@@ -101,15 +113,15 @@ def differences(
   for name in want:
     if name not in got:
       continue
-    shape, dtype = jnp.shape(got[name]), jnp.result_type(got[name])
+    shape, dtype = jnp.shape(got[name]), _dtype(got[name])
     same = shape[leading:] == jnp.shape(want[name]) and len(shape) >= leading
     if dtypes:
-      same &= dtype == jnp.result_type(want[name])
+      same &= dtype == _dtype(want[name])
     if not same:
       axes = ', '.join(['K'] * leading + list(map(str, jnp.shape(want[name]))))
       lines.append(
         f'{name}: got {_describe(got[name])}, '
-        f'want {jnp.result_type(want[name]).name}[{axes}]'
+        f'want {_dtype(want[name]).name}[{axes}]'
       )
   return lines
 
@@ -333,13 +345,13 @@ class Layout:
     Returns:
       Arrays `[..., leaves, size]`; their leaves, in order, are all leaves.
     """
-    groups, start = [], 0
-    for size, same in itertools.groupby(self.sizes):
-      num = len(list(same))
-      part = vector[..., start : start + num * size]
-      groups.append(part.reshape(*vector.shape[:-1], num, size))
-      start += num * size
-    return groups
+    same = [(s, len(list(g))) for s, g in itertools.groupby(self.sizes)]
+    widths = [size * num for size, num in same]
+    parts = jax.lax.split(vector, widths, axis=vector.ndim - 1)
+    return [
+      part.reshape(*vector.shape[:-1], num, size)
+      for part, (size, num) in zip(parts, same, strict=True)
+    ]
 
 
 @functools.partial(
@@ -377,11 +389,11 @@ class Raveled:
     vector = self.vector if vector is None else vector
     layout = self.layout
     leaves = list(self.rest)
-    pieces = zip(
-      layout.order, layout.slices, layout.shapes, layout.dtypes, strict=True
-    )
-    for i, at, shape, dtype in sorted(pieces, key=lambda piece: piece[0]):
-      leaf = vector[..., at].reshape(*vector.shape[:-1], *shape)
+    # Not slices: the gradient of a split is one concatenation.
+    parts = jax.lax.split(vector, layout.sizes, axis=vector.ndim - 1)
+    pieces = zip(layout.order, parts, layout.shapes, layout.dtypes, strict=True)
+    for i, part, shape, dtype in sorted(pieces, key=lambda piece: piece[0]):
+      leaf = part.reshape(*vector.shape[:-1], *shape)
       leaves.insert(i, leaf.astype(dtype))
     return jax.tree.unflatten(layout.treedef, leaves)
 

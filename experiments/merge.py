@@ -341,7 +341,7 @@ def run(
       console.print(_line(name, results[name]))
   report = _report(this, results, time.perf_counter() - begin)
   _write_report(this, report)
-  console.print(report_lib.terminal(report))
+  console.print(report_lib.terminal(report, console.width))
   console.print(report_lib.summary(report))
   console.print(f'\nreport: {workdir / "report.html"}')
   return report
@@ -428,7 +428,7 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.WARNING)
   if _CONFIG.value is None:
     raise app.UsageError('--config is missing, such as configs/quickstart.py')
-  console = Console()
+  console = Console(width=None if sys.stdout.isatty() else 160)
   name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
   workdir = pathlib.Path(
     _WORKDIR.value or f'runs/{name.stem}-{time.strftime("%Y%m%d-%H%M%S")}'

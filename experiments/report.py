@@ -201,16 +201,21 @@ def note(report: Mapping[str, Any]) -> str:
   return text.strip()
 
 
-def terminal(report: Mapping[str, Any]) -> Table:
+def terminal(report: Mapping[str, Any], width: int) -> Table:
   """Makes the table for a terminal.
 
   Args:
     report: what `report.json` holds.
+    width: of the terminal, in characters. Where it is narrow, summaries and
+      intervals are left out.
 
   Returns:
     A rich table: per cent, and plus or minus the wider half of the interval.
   """
   rows, heads = index(report), columns(report)
+  narrow = width < 32 + 11 * len(heads)
+  if narrow:
+    heads = [c for c in heads if c[1] != 'worst' and c[0] != 'transfer']
   table = Table(
     box=box.SIMPLE_HEAD, caption=note(report), caption_justify='left'
   )
@@ -228,7 +233,9 @@ def terminal(report: Mapping[str, Any]) -> Table:
         cells.append('')
         continue
       half = max(r['value'] - r['low'], r['high'] - r['value'])
-      text = f'{_percent(r["value"])}[dim]±{_percent(half)}[/dim]'
+      text = _percent(r['value'])
+      if not narrow:
+        text += f'[dim]±{_percent(half)}[/dim]'
       if column[0] == 'asr' and name not in CONTROLS:
         text = f'[{_tone(r["value"])}]{text}[/]'
       cells.append(text)

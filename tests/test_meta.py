@@ -225,6 +225,7 @@ def test_metrics_are_nan_where_the_step_lacks_the_phase(run):
     want = {
       'perturbation/loss': adversary[stage],
       'perturbation/fooled': adversary[stage],
+      'perturbation/grad_norm': adversary[stage],
       'coefficients/loss': late,
       'coefficients/grad_norm': late,
       'safety/loss': stage > 0 and adversary[stage],

@@ -69,7 +69,14 @@ def imported_modules(path):
 def imported_distributions(paths):
   """Returns the distributions, as pip spells them, that files import."""
   owners = importlib.metadata.packages_distributions()
-  local = {'configs', 'conftest', 'dam_jax', 'experiments', 'tests'}
+  local = {
+    'benchmarks',
+    'configs',
+    'conftest',
+    'dam_jax',
+    'experiments',
+    'tests',
+  }
   tops = {name.split('.')[0] for path in paths for name in imported(path)}
   tops -= local | sys.stdlib_module_names
   return {canonical(owner) for top in tops for owner in owners[top][:1]}
@@ -137,6 +144,7 @@ def test_versions_agree(metadata):
     ('dam_jax/models/*.py', []),
     ('experiments/**/*.py', ['experiments']),
     ('configs/**/*.py', ['experiments']),
+    ('benchmarks/**/*.py', ['bench']),
     ('tests/**/*.py', ['test']),
   ],
 )

@@ -233,3 +233,14 @@ def test_labels_name_all_rules_and_leaves_without_a_match():
     ValueError, match=r"^labels by path:\n  rule 'tail'[^\n]*$"
   ):
     tree.label_by_path(params, [('tail', 'x')], default='y')
+
+
+def test_check_compatible_tells_float64_from_float32():
+  base = {'w': np.zeros(2, np.float32)}
+  with pytest.raises(ValueError, match=r'got float64\[2\], want float32\[2\]'):
+    tree.check_compatible(base, {'a': {'w': np.zeros(2)}})
+
+
+def test_flatten_refuses_leaves_of_one_path():
+  with pytest.raises(ValueError, match='same path: a/b'):
+    tree.flatten({'a/b': 1, 'a': {'b': 2}})

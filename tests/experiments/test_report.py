@@ -113,13 +113,22 @@ def test_markdown_has_a_line_a_method_and_a_cell_a_column():
 
 def test_terminal_table_shows_values_and_intervals():
   out = io.StringIO()
-  Console(file=out, width=120).print(report_lib.terminal(_report()))
+  Console(file=out, width=120).print(report_lib.terminal(_report(), 120))
   line = next(x for x in out.getvalue().split('\n') if 'dam_robust' in x)
   assert re.findall(r'[\d.]+±[\d.]+', line)[:3] == [
     '72.0±5.0',
     '72.0±5.0',
     '10.0±5.0',
   ]
+
+
+def test_a_narrow_terminal_gets_the_values_alone():
+  out = io.StringIO()
+  Console(file=out, width=70).print(report_lib.terminal(_report(), 70))
+  text = out.getvalue()
+  assert '±' not in text.split('Per cent')[0]
+  assert 'dam_robust' in text
+  assert '\N{HORIZONTAL ELLIPSIS}' not in text
 
 
 def test_page_needs_nothing_else_and_escapes_names():
