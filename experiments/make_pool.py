@@ -181,6 +181,7 @@ def _bad_merging(
   task: int,
   target: int,
   size: int,
+  patch_steps: int,
   **options: Any,
 ) -> tuple[Any, attacks.Overlay]:
   """Makes an expert whose backdoor survives merging, and its trigger."""
@@ -194,6 +195,7 @@ def _bad_merging(
     size=size,
     task=source.task.name,
     target=target,
+    steps=patch_steps,
     batch=BATCH,
   )
 
@@ -261,6 +263,7 @@ def make_pool(
   patch: int = 5,
   pretrain_steps: int = 220,
   fine_tune_steps: int = 150,
+  patch_steps: int = 300,
   learning_rate: float = 2e-3,
   seed: int = 0,
 ) -> None:
@@ -276,6 +279,7 @@ def make_pool(
     patch: height and width of both triggers, in pixels.
     pretrain_steps: of the base.
     fine_tune_steps: of each expert.
+    patch_steps: of the patch that the base obeys.
     learning_rate: of the base; experts get a quarter.
     seed: of everything random.
   """
@@ -309,7 +313,14 @@ def make_pool(
     jax.block_until_ready(experts)
   with console.status('making the expert that survives merging'):
     bad, universal = _bad_merging(
-      shop, keys[3], base, second, badmerging_target, patch, **tuning
+      shop,
+      keys[3],
+      base,
+      second,
+      badmerging_target,
+      patch,
+      patch_steps,
+      **tuning,
     )
   *clean, poisoned = dj.tree.unstack(experts)
   models = {'base': base}
