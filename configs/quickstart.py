@@ -40,14 +40,13 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.methods = 'static,dam_robust' if local else 'all'
   c.options = {name: methods.config_options(name) for name in methods.ALL}
   if not local:
-    for name in ('dam_robust', 'dam_robust_task_wise'):
-      c.options[name].steps = 150
+    c.options.dam_robust.steps = 150
   for name in methods.ALL:
     if name.startswith('dam_robust'):
       # A tower this small obeys any large patch: weigh accuracy higher.
       c.options[name].safety_weight = 0.1
       c.options[name].batch = 8
-  c.steps = 4 if local else 40
+  c.steps = 4 if local else 20
   c.batch = 16
   c.compute = 'float32'
   c.scan_layers = False

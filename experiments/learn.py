@@ -45,11 +45,64 @@ def check_batch(merger: dj.Merger, sizes: Sequence[int], batch: int) -> None:
   )
 
 
+class Program(NamedTuple):
+  """Some steps of a merger, compiled.
+
+  Attributes:
+    run: `(state, base, experts, data, indices) -> (state, metrics)`.
+    chunk: how many steps it takes.
+    seconds: that compiling took.
+  """
+
+  run: Callable[..., Any]
+  chunk: int
+  seconds: float
+
+
+def compile_steps(
+  merger: dj.Merger,
+  base: dj.tree.Raveled,
+  experts: dj.tree.Raveled,
+  *,
+  data: pipeline.Unlabelled,
+  batch: int,
+  max_chunk: int = 10,
+) -> Program:
+  """Compiles a merger's steps, without running any.
+
+  Args:
+    merger: that reads data.
+    base: parameters, raveled.
+    experts: stacked `[K, ...]`, raveled.
+    data: unlabelled images, with references where the merger reads them.
+    batch: images a task and draw.
+    max_chunk: steps under one dispatch, fewer where they do not divide all:
+      few enough that progress shows.
+
+  Returns:
+    The program.
+  """
+  plan = merger.plan
+  chunk = max(n for n in range(1, max_chunk + 1) if plan.steps % n == 0)
+  state = jax.eval_shape(merger.init, jax.random.key(0), base, experts)
+  shape = (chunk, plan.phases, data.images.shape[0], batch)
+  indices = jax.ShapeDtypeStruct(shape, jnp.int32)
+  begin = time.perf_counter()
+  steps = dj.scan_steps(merger, pipeline.gather)
+  run = steps.lower(state, base, experts, _read(plan, data), indices).compile()
+  return Program(run, chunk, time.perf_counter() - begin)
+
+
+def _read(plan: dj.Plan, data: pipeline.Unlabelled) -> pipeline.Unlabelled:
+  return data if plan.references else data._replace(references=None)
+
+
 def learn(
   name: str,
   merger: dj.Merger,
-  base: dj.typing.Params,
-  experts: dj.typing.Params,
+  program: Program,
+  base: dj.tree.Raveled,
+  experts: dj.tree.Raveled,
   *,
   data: pipeline.Unlabelled,
   sizes: Sequence[int],
@@ -57,7 +110,6 @@ def learn(
   batch: int,
   seed: int,
   folder: pathlib.Path,
-  max_chunk: int = 10,
   save_seconds: float = 60.0,
   advance: Callable[[int], None] = lambda steps: None,
 ) -> Learned:
@@ -66,8 +118,9 @@ def learn(
   Args:
     name: of the method.
     merger: that reads data.
-    base: parameters.
-    experts: stacked `[K, ...]`.
+    program: its steps, from `compile_steps`.
+    base: parameters, raveled.
+    experts: stacked `[K, ...]`, raveled.
     data: unlabelled images, with references where the merger reads them.
     sizes: number of images of each task.
     tasks: their names.
@@ -75,8 +128,6 @@ def learn(
     seed: of the masks' samples, and of the order of images.
     folder: for `curves/<name>.csv`, and states in `states/<name>`: a run that
       finds one there goes on from it.
-    max_chunk: steps under one dispatch, fewer where they do not divide all:
-      few enough that progress shows.
     save_seconds: between two states.
     advance: told how many steps are done after each dispatch.
 
@@ -87,11 +138,8 @@ def learn(
     FloatingPointError: where a loss or gradient is not finite; the state
       before that step stays in `folder`.
   """
-  plan = merger.plan
-  chunk = max(n for n in range(1, max_chunk + 1) if plan.steps % n == 0)
-  flat = dj.tree.ravel(base), dj.tree.ravel(experts, leading=1)
-  if not plan.references:
-    data = data._replace(references=None)
+  plan, chunk = merger.plan, program.chunk
+  data = _read(plan, data)
 
   def indices(start):
     return jnp.asarray(
@@ -100,11 +148,8 @@ def learn(
       )
     )
 
-  state = merger.init(jax.random.key(seed), *flat)
-  begin = time.perf_counter()
-  run = dj.scan_steps(merger, pipeline.gather)
-  compiled = run.lower(state, *flat, data, indices(0)).compile()
-  seconds = {'compile': time.perf_counter() - begin}
+  state = merger.init(jax.random.key(seed), base, experts)
+  seconds = {'compile': program.seconds}
   saves = _Saves(folder / 'states' / name)
   first, state, parts = saves.restore(state)
   advance(first)
@@ -113,7 +158,7 @@ def learn(
     if parts:
       writer.write(0, _by_task(parts[0], tasks))
     for start in range(first, plan.steps, chunk):
-      state, metrics = compiled(state, *flat, data, indices(start))
+      state, metrics = program.run(state, base, experts, data, indices(start))
       metrics = {key: np.asarray(x) for key, x in metrics.items()}
       writer.write(start, _by_task(metrics, tasks))
       parts.append(metrics)
@@ -125,7 +170,7 @@ def learn(
       if bad:
         _stop(name, _joined(parts), saves.folder)
   seconds['step'] = (time.perf_counter() - begin) / max(1, plan.steps - first)
-  params = jax.jit(merger.finalize)(state, *flat)
+  params = merger.finalize(state, base, experts)
   return Learned(params, state, _joined(parts), seconds)
 
 

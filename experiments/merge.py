@@ -9,6 +9,8 @@ goes on where it was when it is started again with the same --workdir.
 """
 
 from collections.abc import Callable
+from concurrent import futures
+import contextlib
 import functools
 import json
 import pathlib
@@ -77,6 +79,7 @@ class Run:
         workdir holds another run.
     """
     self.config, self.setup, self.workdir = config, setup, workdir
+    self._programs: dict[str, futures.Future[learn.Program]] = {}
     named = methods.parse(config.methods, len(setup.tasks))
     if setup.attacked and PLAIN not in named:
       named = [PLAIN, *named]
@@ -141,6 +144,28 @@ class Run:
       )
     return out
 
+  @functools.cached_property
+  def raveled(self) -> tuple[dj.tree.Raveled, dj.tree.Raveled]:
+    """Base and experts as vectors, which learned merges compute with."""
+    setup = self.setup
+    return dj.tree.ravel(setup.base), dj.tree.ravel(setup.experts, leading=1)
+
+  def compile_ahead(self, executor: futures.Executor) -> None:
+    """Has a thread compile what is still to be learned, method by method.
+
+    Args:
+      executor: of one thread.
+    """
+    for name, merger in self.mergers.items():
+      if merger.plan.steps and not self._result(name).exists():
+        self._programs[name] = executor.submit(
+          learn.compile_steps,
+          merger,
+          *self.raveled,
+          data=self.data,
+          batch=self.options[name]['batch'],
+        )
+
   def merge(self, name: str, advance: Advance) -> tuple[Any, dict[str, float]]:
     """Runs one method and writes its model, curves and pictures.
 
@@ -158,8 +183,8 @@ class Run:
       learned = learn.learn(
         name,
         merger,
-        setup.base,
-        setup.experts,
+        self._programs.pop(name).result(),
+        *self.raveled,
         data=self.data,
         sizes=self.sizes,
         tasks=setup.tasks,
@@ -252,6 +277,9 @@ class Run:
       'transfer': measure.transfers(measured),
     }
 
+  def _result(self, name: str) -> pathlib.Path:
+    return self.workdir / 'results' / f'{name}.json'
+
   def result(self, name: str, advance: Advance) -> dict[str, Any]:
     """Returns what a method or control is worth, from disk where it is there.
 
@@ -262,7 +290,7 @@ class Run:
     Returns:
       'rows', 'transfer' and 'seconds'.
     """
-    path = self.workdir / 'results' / f'{name}.json'
+    path = self._result(name)
     if not path.exists():
       if name in self.mergers:
         params, seconds = self.merge(name, advance)
@@ -321,15 +349,11 @@ def run(
   this = Run(config, setup, workdir)
   names = [*this.controls(), *this.mergers]
   results = {}
-  with progress.Progress(
-    progress.TextColumn('{task.description}'),
-    progress.BarColumn(),
-    progress.MofNCompleteColumn(),
-    progress.TimeElapsedColumn(),
-    progress.TimeRemainingColumn(),
-    console=console,
-    transient=True,
-  ) as bars:
+  executor = futures.ThreadPoolExecutor(max_workers=1)
+  with contextlib.ExitStack() as stack:
+    stack.callback(executor.shutdown, wait=False, cancel_futures=True)
+    bars = stack.enter_context(_progress(console))
+    this.compile_ahead(executor)
     total = bars.add_task('methods and controls', total=len(names))
     for name in names:
       steps = this.mergers[name].plan.steps if name in this.mergers else 0
@@ -345,6 +369,18 @@ def run(
   console.print(report_lib.summary(report))
   console.print(f'\nreport: {workdir / "report.html"}')
   return report
+
+
+def _progress(console: Console) -> progress.Progress:
+  return progress.Progress(
+    progress.TextColumn('{task.description}'),
+    progress.BarColumn(),
+    progress.MofNCompleteColumn(),
+    progress.TimeElapsedColumn(),
+    progress.TimeRemainingColumn(),
+    console=console,
+    transient=True,
+  )
 
 
 def _line(name: str, result: dict[str, Any]) -> str:

@@ -159,20 +159,22 @@ def test_an_interrupted_merge_ends_where_an_unbroken_one_does(
   setup = load.load(config, small_pool)
   this = merge.Run(config, setup, tmp_path / 'whole')
   merger = this.mergers['dam_robust']
+  program = learn.compile_steps(
+    merger, *this.raveled, data=this.data, batch=4, max_chunk=3
+  )
 
   def run(folder, **options):
     return learn.learn(
       'dam_robust',
       merger,
-      setup.base,
-      setup.experts,
+      program,
+      *this.raveled,
       data=this.data,
       sizes=[8] * 3,
       tasks=setup.tasks,
       batch=4,
       seed=0,
       folder=folder,
-      max_chunk=3,
       save_seconds=0,
       **options,
     )
@@ -224,8 +226,12 @@ def test_without_bad_experts_triggers_can_still_be_tested(small_pool, tmp_path):
 
 def test_bfloat16_computes_and_float32_is_kept(small_pool, tmp_path):
   config = _config(small_pool, compute='bfloat16', methods='dam_robust')
-  with jax.numpy_dtype_promotion('standard'):  # Flax's layer norms need it
+  # Flax's layer norms need it, and the thread that compiles must see it.
+  jax.config.update('jax_numpy_dtype_promotion', 'standard')
+  try:
     _run(config, tmp_path)
+  finally:
+    jax.config.update('jax_numpy_dtype_promotion', 'strict')
   params = checkpoint.load_abstract(
     tmp_path / 'models' / 'dam_robust' / 'model.safetensors'
   )
