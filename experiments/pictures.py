@@ -127,12 +127,13 @@ def acc_asr(
     axes.set_xlim(-4, 104)
     low, high = axes.get_ylim()
     axes.set_ylim(low - 0.08 * (high - low), high + 0.1 * (high - low))
-    for name, text in (
-      ('clean_merge', 'floor: these triggers on clean models'),
-      ('single', 'ceiling: the backdoored models alone'),
-    ):
+    rules = {
+      'clean_merge': 'floor: these triggers on clean models',
+      'single': 'ceiling: the backdoored models alone',
+    }
+    for line, (name, text) in enumerate(rules.items()):
       if name in drawn:
-        _rule(axes, 100 * drawn[name]['asr'][0], text)
+        _rule(axes, 100 * drawn[name]['asr'][0], text, line)
     axes.set_xlabel(
       'attack success rate, % (mean of the attacked tasks) — lower is safer'
     )
@@ -144,14 +145,14 @@ def acc_asr(
     return _png(figure)
 
 
-def _rule(axes, x: float, text: str) -> None:
+def _rule(axes, x: float, text: str, line: int) -> None:
   axes.axvline(x, color=MUTED, lw=0.9, ls=(0, (4, 3)), zorder=1)
   right = x > 50
   axes.annotate(
     text,
     (x, 1),
     xycoords=('data', 'axes fraction'),
-    xytext=(-4 if right else 4, -3),
+    xytext=(-4 if right else 4, -3 - 12 * line),
     textcoords='offset points',
     ha='right' if right else 'left',
     va='top',
