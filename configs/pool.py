@@ -69,7 +69,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.scan_layers = False
   c.dev = 64 if local else 0
   c.test = 50 if local else 0
-  c.transfer_test = 20 if local else 100
+  c.transfer_test = 20 if local else 50
   c.test_batch = 100
   c.seed = 0
   return c
