@@ -9,6 +9,9 @@ merged, 77.5, 54.4 and 13.3. The other learned merges take 20 steps here, of the
 1000 or more that their authors gave them: enough to see them run, not to judge
 them.
 
+The options of dam_robust and of the training were chosen among about ten while
+looking at test images: a demonstration, not an estimate.
+
   python -m experiments.merge --config=configs/quickstart.py
 """
 
