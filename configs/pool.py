@@ -6,8 +6,8 @@ Claim: a plain merge inherits the backdoor of every BadMerging expert, and
   python -m experiments.merge --config=configs/pool.py
 
 Expected, in per cent on the whole test split, ASR in the order of the bad
-experts cifar100, gtsrb, svhn, eurosat; from the README of the pool, this command
-was not run on the whole split yet:
+experts cifar100, gtsrb, svhn, eurosat; from the README of the pool, since this
+command was not run on the whole split yet:
 
   bad | task_arithmetic: ACC, ASR          | average: ACC, ASR
   0   | 70.3                               | 66.2
