@@ -18,11 +18,12 @@ command was not run on the whole split yet:
 With 4 bad, 300 steps and 500 test images a task, on 2 cores:
 
   task_arithmetic                   | 70.2, 93.3 / 93.7 / 100.0 / 99.1
-  dam_robust                        | 74.8, 4.0 / 45.4 / 11.3 / 8.6
+  dam_robust                        | 74.1, 3.2 / 25.5 / 10.9 / 4.6
   the triggers on a clean merge     | 70.9, 3.8 / 0.0 / 42.0 / 34.3
 
-gtsrb keeps its backdoor: weighing safety twice left 47 (300 test images), and
-the patches that the adversary ends with do not look like that trigger.
+gtsrb keeps a part of its backdoor. With patches that start on the merged model,
+two a task, it kept 45: there they never meet that trigger, on the expert alone
+they meet its target within 100 ascents.
 
 Any folder of the same layout runs, with backdoored checkpoints of any name
 whose trigger lies in `triggers/<name>.npz`:
@@ -71,6 +72,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.scan_layers = False
   c.dev = 64 if local else 0
   c.test = 50 if local else 0
+  c.report_on = 'test'
   c.transfer_test = 20 if local else 50
   c.test_batch = 100
   c.seed = 0

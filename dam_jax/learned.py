@@ -26,7 +26,7 @@ from dam_jax.meta import identity
 from dam_jax.meta import meta_merger
 from dam_jax.meta_spec import Coefficients
 from dam_jax.meta_spec import MetaSpec
-from dam_jax.typing import LogitsFn, PreprocessFn
+from dam_jax.typing import LogitsFn, PreprocessFn, TaskLogitsFn
 
 
 def adamerging(
@@ -336,6 +336,7 @@ def dam_robust(
   logits_fn: LogitsFn,
   *,
   image_shape: tuple[int, int, int],
+  task_logits_fn: TaskLogitsFn | None = None,
   granularity: str = 'leaf',
   init: float = 0.3,
   mask: Mask = Mask(
@@ -345,8 +346,8 @@ def dam_robust(
   area: float | None = None,
   adversary_tx: optax.GradientTransformation = optax.adam(0.2),
   ascents: int = 4,
-  restarts: int = 2,
-  warmup_ascents: int = 200,
+  restarts: int = 4,
+  warmup_ascents: int = 100,
   safety_weight: float = 1.0,
   steps: int = 300,
   preprocess_fn: PreprocessFn = identity,
@@ -357,11 +358,15 @@ def dam_robust(
   those. Each expert and parameter has a coefficient `2 init sigmoid(L)`. It
   minimises the cross-entropy of the merged model to each expert's own
   predictions on clean images and, for the same predictions, on images with a
-  soft patch that fools the merged model and is itself learned.
+  soft patch that fools the merged model and is itself learned. An
+  untargeted patch may never meet a backdoor on the merged model; on the expert
+  alone it mostly does, so that is where patches start.
 
   Args:
     logits_fn: one forward pass for all tasks.
     image_shape: `(H, W, C)`.
+    task_logits_fn: one forward pass for one task; where given, the patches
+      first learn to fool each expert alone, which leads them to its backdoor.
     granularity: 'arithmetic' has only the masks; 'task' and 'leaf' also learn
       coefficients together with them.
     init: every coefficient at the start.
@@ -371,8 +376,9 @@ def dam_robust(
       the same share of another image.
     adversary_tx: learns the patches.
     ascents: its steps before each step of the masks.
-    restarts: patches a task, which take turns.
-    warmup_ascents: its steps before the first step of the masks.
+    restarts: patches a task, which take turns to ascend; the images of a step
+      of the masks are dealt to all.
+    warmup_ascents: steps of each patch before the first step of the masks.
     safety_weight: of the loss on images with patches.
     steps: of the masks.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
@@ -384,12 +390,12 @@ def dam_robust(
   Raises:
     ValueError: where an option is not one of those above.
   """
-  fixed = granularity == 'arithmetic'
+  arithmetic = granularity == 'arithmetic'
   if area is None:
     area = 40 / 32**2 * image_shape[0] * image_shape[1]
   spec = MetaSpec(
     coefficients=Coefficients(
-      init=init, granularity=granularity, joint_tx=None if fixed else tx
+      init=init, granularity=granularity, joint_tx=None if arithmetic else tx
     ),
     masks={'task': mask},
     updates=[(('task',), 1.0, safety_weight)],
@@ -408,7 +414,12 @@ def dam_robust(
     warmup_steps=-(-warmup_ascents // ascents),
     mask_steps=steps,
   )
-  return meta_merger(logits_fn, spec, preprocess_fn=preprocess_fn)
+  return meta_merger(
+    logits_fn,
+    spec,
+    preprocess_fn=preprocess_fn,
+    task_logits_fn=task_logits_fn,
+  )
 
 
 _MODES = {

@@ -107,6 +107,27 @@ def shared_adversarial(logits: jax.Array, wrong: jax.Array) -> jax.Array:
   )
 
 
+def unshared_divergence(
+  logits: jax.Array, other: jax.Array, labels: jax.Array, others: jax.Array
+) -> jax.Array:
+  """Returns how far two models are apart where one error is not yet shared.
+
+  Args:
+    logits: `[T, B, L]` of the model under perturbation.
+    other: `[T, B, L]` of the reference, likewise.
+    labels: `[T, B]` what the model predicts without perturbation.
+    others: `[T, B]` what the reference predicts without.
+
+  Returns:
+    `[T]`: Jensen-Shannon divergence in nats, 0 for images on which both models
+    make the same mistake.
+  """
+  wrong, other_wrong = jnp.argmax(logits, axis=-1), jnp.argmax(other, axis=-1)
+  shared = (wrong != labels) & (other_wrong != others) & (wrong == other_wrong)
+  each = jnp.where(shared, 0.0, jensen_shannon(logits, other))
+  return jnp.mean(each, axis=-1)
+
+
 def unlearn_shared(
   logits: jax.Array,
   clean_logits: jax.Array,

@@ -31,7 +31,7 @@ from dam_jax import masks as masks_lib
 from dam_jax import tree
 from dam_jax.base import Merger
 from dam_jax.meta_spec import MetaSpec
-from dam_jax.typing import Batch, LogitsFn, Params, PreprocessFn
+from dam_jax.typing import Batch, LogitsFn, Params, PreprocessFn, TaskLogitsFn
 
 
 class MetaState(NamedTuple):
@@ -94,6 +94,7 @@ def meta_merger(
   spec: MetaSpec,
   *,
   preprocess_fn: PreprocessFn = identity,
+  task_logits_fn: TaskLogitsFn | None = None,
   num_tasks: int | None = None,
 ) -> Merger:
   """Makes the merger that a spec describes.
@@ -102,13 +103,15 @@ def meta_merger(
     logits_fn: one forward pass for the images of all tasks.
     spec: which parts the step has.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
+    task_logits_fn: where given, the adversary starts by fooling each expert
+      alone: that is where it moves before the first step of the masks.
     num_tasks: `T`; None takes the number of experts.
 
   Returns:
     A merger over `Batch`es; its metrics are `phase/loss` `[T]` and more, NaN in
     steps that lack the phase, and `finite` [].
   """
-  engine = _Engine(logits_fn, spec, preprocess_fn, num_tasks)
+  engine = _Engine(logits_fn, spec, preprocess_fn, task_logits_fn, num_tasks)
   return Merger(engine.init, engine.step, engine.finalize, spec.plan())
 
 
@@ -119,6 +122,7 @@ class _Engine:
   logits_fn: LogitsFn
   spec: MetaSpec
   preprocess_fn: PreprocessFn
+  task_logits_fn: TaskLogitsFn | None
   num_tasks: int | None
 
   def init(self, key: jax.Array, base: Params, experts: Params) -> MetaState:
@@ -240,61 +244,57 @@ class _Engine:
     updates, inner_state = c.inner_tx.update(grad, state.inner_state, start)
     return optax.apply_updates(start, updates), inner_state, each
 
-  def _ascend(self, state, model, theta, batch: Batch):
-    """Moves the adversary whose turn it is; no gradient in the weights."""
+  def _alone(self, model):
+    """Returns `pixels -> logits` of the experts, each on its own task."""
+    logits_fn = self.task_logits_fn
+    vectors = model.base.vector[None] + model.deltas
+    assert logits_fn is not None
+
+    def forward(pixels):
+      def one(args):
+        vector, task, own = args
+        return logits_fn(model.base.unravel(vector), task, own)
+
+      tasks = jnp.arange(len(vectors))
+      return lax.map(one, (vectors, tasks, pixels)).astype(vectors.dtype)
+
+    return forward
+
+  def _ascend(self, state, model, theta, draws: Batch, *, warm=False):
+    """Moves the adversary; no gradient in the weights."""
     r, adversary = self.spec, self.spec.adversary
     assert adversary is not None
-    turn = state.count % adversary.restarts
-    own = jax.tree.map(
-      lambda x: x[turn], (state.adversary, state.adversary_state)
-    )
+    forward = functools.partial(self._logits, model, theta)
+    if warm and self.task_logits_fn is not None:
+      forward = self._alone(model)
     plain = self._combine(model, state.coefficients, {}) if r.shared else None
 
-    def ascend(carry, draw):
-      params, opt_state = carry
-      images, references = draw
+    def gain_fn(pixels, images, references):
       clean = self.preprocess_fn(images)
-      if r.labels == 'prediction':
-        labels = jnp.argmax(self._logits(model, theta, clean), axis=-1)
-      else:
-        labels = jnp.argmax(references, axis=-1)
+      predicted = forward(clean) if r.labels == 'prediction' else references
+      labels, logits = jnp.argmax(predicted, axis=-1), forward(pixels)
+      each = losses.cross_entropy(logits, labels)
+      gain = jnp.mean(jnp.minimum(each, adversary.cap), axis=-1)
       if r.shared:
-        reference = jnp.argmax(self._logits(model, plain, clean), axis=-1)
-
-      def objective(params):
-        pixels = adversary.perturb(params, images, False)
-        logits = self._logits(model, theta, pixels)
-        wrong = jnp.argmax(logits, axis=-1)
-        gain = jnp.mean(
-          jnp.minimum(losses.cross_entropy(logits, labels), adversary.cap),
-          axis=-1,
+        apart = losses.unshared_divergence(
+          logits,
+          self._logits(model, plain, pixels),
+          labels,
+          jnp.argmax(self._logits(model, plain, clean), axis=-1),
         )
-        if r.shared:
-          other = self._logits(model, plain, pixels)
-          other_wrong = jnp.argmax(other, axis=-1)
-          both = (wrong != labels) & (other_wrong != reference)
-          both &= wrong == other_wrong
-          apart = jnp.where(both, 0.0, losses.jensen_shannon(logits, other))
-          gain = r.shared.untargeted * gain
-          gain -= r.shared.divergence * jnp.mean(apart, axis=-1)
-        fooled = jnp.mean((wrong != labels).astype(gain.dtype), axis=-1)
-        loss = adversary.price(params).astype(gain.dtype) - jnp.sum(gain)
-        return loss, {'loss': -gain, 'fooled': fooled}
+        gain = r.shared.untargeted * gain - r.shared.divergence * apart
+      fooled = jnp.argmax(logits, axis=-1) != labels
+      return gain, jnp.mean(fooled.astype(gain.dtype), axis=-1)
 
-      grads, found = jax.grad(objective, has_aux=True)(params)
-      found['grad_norm'] = optax.tree.norm(grads)
-      updates, opt_state = adversary.tx.update(grads, opt_state, params)
-      params = adversary.project(optax.apply_updates(params, updates))
-      return (params, opt_state), found
-
-    own, found = lax.scan(ascend, own, (batch.images, batch.references))
-    params, opt_state = jax.tree.map(
-      lambda old, new: old.at[turn].set(new),
-      (state.adversary, state.adversary_state),
-      own,
+    params, opt_state, found = adversary.ascend(
+      state.adversary,
+      state.adversary_state,
+      adversary.turns(state.count, warm=warm),
+      draws,
+      gain_fn,
     )
     state = state._replace(adversary=params, adversary_state=opt_state)
-    return state, {f'perturbation/{key}': x[-1] for key, x in found.items()}
+    return state, {f'perturbation/{key}': x for key, x in found.items()}
 
   def _outer(self, state, model, draws, clean: float, safety: float):
     """Returns `theta -> (loss, metrics)` over one or two draws of images."""
@@ -303,9 +303,7 @@ class _Engine:
     needs_clean = clean or r.shared or r.safety_loss == 'consistency'
     views = [self.preprocess_fn(images)] if needs_clean else []
     if safety and r.adversary is not None:
-      turn = state.count % r.adversary.restarts
-      own = jax.tree.map(lambda x: x[turn], state.adversary)
-      views.append(r.adversary.perturb(own, safe_images, True))
+      views.append(r.adversary.deal(state.adversary, safe_images, state.count))
     pixels, num = jnp.concatenate(views, axis=1), images.shape[1]
     if r.shared and safety:
       plain = self._combine(model, state.coefficients, {})
@@ -351,9 +349,13 @@ class _Engine:
       measured['inner/loss'] = each
     if r.adversary is not None:
       theta = self._combine(model, coefficients, values)
-      state, fooled = self._ascend(
-        state, model, theta, draws.many(r.adversary.ascents)
-      )
+      seen = (state, model, theta, draws.many(r.adversary.ascents))
+      if r.warmup_steps:
+        warm = state.count < r.warmup_steps
+        warm_up = functools.partial(self._ascend, warm=True)
+        state, fooled = lax.cond(warm, warm_up, self._ascend, *seen)
+      else:
+        state, fooled = self._ascend(*seen)
       measured.update(fooled)
     learn = functools.partial(
       self._learn,
@@ -438,9 +440,8 @@ class _Engine:
       coefficients = jnp.where(first, c.init, coefficients)
     if r.coefficient_safety and r.adversary is not None:
       theta = self._combine(model, coefficients, values)
-      state, measured = self._ascend(
-        state, model, theta, draws.many(r.adversary.ascents)
-      )
+      images = draws.many(r.adversary.ascents)
+      state, measured = self._ascend(state, model, theta, images)
     safety = r.coefficient_safety
     own = [draws.one() for _ in range(self.spec.draws(1.0, safety))]
     outer = self._outer(state, model, own, 1.0, safety)

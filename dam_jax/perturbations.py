@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dam_jax.typing import PreprocessFn
+from dam_jax.typing import Batch, PreprocessFn
 
 
 class Adversary(NamedTuple):
@@ -32,7 +32,9 @@ class Adversary(NamedTuple):
     tx: optax transformation that ascends.
     ascents: ascent steps before each step of the masks.
     cap: bound on the cross-entropy that is worth ascending, in nats.
-    restarts: number of independent perturbations, which take turns.
+    restarts: number of independent perturbations, to which the images of a
+      step of the masks are dealt. They ascend together before the first such
+      step, and take turns from then on.
   """
 
   init: Callable[[jax.Array, int], Any]
@@ -43,6 +45,87 @@ class Adversary(NamedTuple):
   ascents: int = 1
   cap: float = float('inf')
   restarts: int = 1
+
+  def turns(self, count: jax.Array, *, warm: bool) -> jax.Array:
+    """Returns which restarts ascend in a step, `[R]`.
+
+    Args:
+      count: [] number of the step.
+      warm: whether it comes before the first step of the masks.
+    """
+    if warm:
+      return jnp.arange(self.restarts)
+    return (count % self.restarts)[None]
+
+  def ascend(
+    self,
+    params: Any,
+    states: Any,
+    turns: jax.Array,
+    draws: Batch,
+    gain_fn: Callable[..., tuple[jax.Array, jax.Array]],
+  ) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """Takes one step of ascent a draw of images.
+
+    Args:
+      params: of all restarts, leaves `[restarts, T, ...]`.
+      states: of their optimisers, leaves `[restarts, ...]`.
+      turns: `[R]` which restarts move.
+      draws: of images, `[N, T, B, ...]`.
+      gain_fn: `(pixels, images, references) -> (gain, fooled)`, both `[T]`,
+        where the pixels are the perturbed images.
+
+    Returns:
+      Parameters and states, and of the last draw, as means over the restarts
+      that moved: 'loss' `[T]` is minus the gain, 'fooled' `[T]`, 'grad_norm'
+      [].
+    """
+
+    def step(own, draw):
+      params, state = own
+
+      def objective(params):
+        pixels = self.perturb(params, draw.images, False)
+        gain, fooled = gain_fn(pixels, draw.images, draw.references)
+        loss = self.price(params).astype(gain.dtype) - jnp.sum(gain)
+        return loss, {'loss': -gain, 'fooled': fooled}
+
+      grads, found = jax.grad(objective, has_aux=True)(params)
+      found['grad_norm'] = optax.tree.norm(grads)
+      updates, state = self.tx.update(grads, state, params)
+      return (self.project(optax.apply_updates(params, updates)), state), found
+
+    before = jax.tree.map(lambda x: x[turns], (params, states))
+    after, found = jax.lax.scan(
+      lambda own, draw: jax.vmap(step, (0, None))(own, draw),
+      before,
+      draws,
+    )
+    params, states = jax.tree.map(
+      lambda old, new: old.at[turns].set(new), (params, states), after
+    )
+    found = jax.tree.map(lambda x: jnp.mean(x[-1], axis=0), found)
+    return params, states, found
+
+  def deal(self, params: Any, images: jax.Array, count: jax.Array) -> jax.Array:
+    """Perturbs each image of a batch with one of the restarts.
+
+    Args:
+      params: of all restarts, leaves `[restarts, T, ...]`.
+      images: `[T, B, H, W, C]` in [0, 1].
+      count: [] number of the step, from which the dealing goes on.
+
+    Returns:
+      `[T, B, H, W, C]`, what the model reads.
+    """
+    num = images.shape[1]
+    hands = (count * num + jnp.arange(num)) % self.restarts
+
+    def perturb(hand, image):
+      own = jax.tree.map(lambda x: x[hand], params)
+      return self.perturb(own, image[:, None], True)[:, 0]
+
+    return jax.vmap(perturb, in_axes=(0, 1), out_axes=1)(hands, images)
 
 
 def _check(ascents: int, restarts: int, image_shape: Sequence[int]) -> None:
@@ -151,7 +234,7 @@ def soft_patch(
     init_logit: mean of `a` at the start.
     tx: ascends.
     ascents: steps of it before each step of the masks.
-    restarts: independent patches a task; they take turns.
+    restarts: independent patches a task.
     cap: on the cross-entropy that is worth ascending, in nats.
 
   Returns:

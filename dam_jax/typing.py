@@ -45,6 +45,14 @@ class LogitsFn(Protocol):
     ...
 
 
+class TaskLogitsFn(Protocol):
+  """One forward pass of one model for the images of one task."""
+
+  def __call__(self, params: Any, task: Any, images: jax.Array) -> jax.Array:
+    """Maps images `[B, H, W, C]` of the task with that index to `[B, L]`."""
+    ...
+
+
 class PreprocessFn(Protocol):
   """Maps images in [0, 1] to what the model reads, elementwise."""
 

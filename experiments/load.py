@@ -1,6 +1,6 @@
 """Checks a config and reads what the merges of a run share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import dataclasses
 import pathlib
 from typing import Any
@@ -34,6 +34,8 @@ KEYS = {
   'scan_layers': 'loop over the blocks of the tower: compiles faster',
   'dev': 'dev images a task to adapt on; 0 is all',
   'test': 'test images a task to report on; 0 is all',
+  'report_on': "'test', or 'dev' to choose options by, where no test image is "
+  'seen; merges learn on dev, which flatters them there',
   'transfer_test': 'test images a task to measure transfer on; 0 is none',
   'test_batch': 'images a forward pass when testing',
   'seed': 'of everything random',
@@ -51,7 +53,7 @@ class Setup:
     experts: stacked `[K, ...]`, in the order of the tasks.
     clean: the clean experts, likewise; None where the pool lacks one.
     logits_fn: of preprocessed images of all tasks.
-    task_logits_fn: of images in [0, 1] of one task.
+    task_logits_fn: of preprocessed images of one task.
     hashes: SHA-256 of each checkpoint, by name.
   """
 
@@ -60,8 +62,12 @@ class Setup:
   experts: dj.typing.Params
   clean: dj.typing.Params | None
   logits_fn: dj.typing.LogitsFn
-  task_logits_fn: Callable[[Any, Any, jax.Array], jax.Array]
+  task_logits_fn: dj.typing.TaskLogitsFn
   hashes: Mapping[str, str]
+
+  def image_logits_fn(self, params: Any, task: Any, images: jax.Array):
+    """Maps images `[B, H, W, C]` in [0, 1] of one task to logits `[B, L]`."""
+    return self.task_logits_fn(params, task, clip.normalize(images))
 
   @property
   def tasks(self) -> list[str]:
@@ -103,6 +109,10 @@ def check_config(config: config_dict.ConfigDict) -> None:
       lines.append(
         f"compute must be 'float32' or 'bfloat16', got {config.compute!r}"
       )
+    if config.report_on not in ('test', 'dev'):
+      lines.append(
+        f"report_on must be 'test' or 'dev', got {config.report_on!r}"
+      )
     lines += [
       f'{key} must not be negative, got {config[key]}'
       for key in ('dev', 'test', 'transfer_test', 'steps', 'seed')
@@ -131,6 +141,13 @@ def _bad(config: config_dict.ConfigDict) -> list[str]:
       f'bad={given}: usual_bad has {len(usual)}, name the checkpoints instead'
     )
   return usual[: int(given)]
+
+
+def _reported_on_dev(task: tasks_lib.Task, num: int) -> tasks_lib.Task:
+  images, labels = task.dev
+  num = num or len(images)
+  seen = tasks_lib.Split(images[:num], labels[:num])
+  return dataclasses.replace(task, test=seen)
 
 
 def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
@@ -162,6 +179,10 @@ def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
     dev=config.dev,
     test=config.test,
   )
+  if config.report_on == 'dev':
+    pool = dataclasses.replace(
+      pool, tasks=[_reported_on_dev(task, config.test) for task in pool.tasks]
+    )
   tower_config = clip.load_config(pool.config)
   tower = clip.VisionTower(
     tower_config,
@@ -196,7 +217,6 @@ def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
   def features_fn(params, pixels):
     return jnp.asarray(tower.apply({'params': params}, pixels))
 
-  task_logits_fn = clip.zero_shot_task(features_fn, heads)
   paths = {p.stem: p for p in (pool.base, *pool.experts.values())}
   return Setup(
     pool=pool,
@@ -204,8 +224,6 @@ def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
     experts=jax.device_put(experts),
     clean=clean and jax.device_put(clean),
     logits_fn=clip.zero_shot(features_fn, heads),
-    task_logits_fn=lambda params, task, images: task_logits_fn(
-      params, task, clip.normalize(images)
-    ),
+    task_logits_fn=clip.zero_shot_task(features_fn, heads),
     hashes={name: checkpoint.file_hash(p) for name, p in paths.items()},
   )

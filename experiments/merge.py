@@ -91,6 +91,7 @@ class Run:
         name,
         chosen,
         logits_fn=setup.logits_fn,
+        task_logits_fn=setup.task_logits_fn,
         preprocess_fn=clip.normalize,
         image_shape=setup.image_shape,
       )
@@ -100,7 +101,7 @@ class Run:
       if merger.plan.steps:
         learn.check_batch(merger, self.sizes, self.options[name]['batch'])
     self.predict = evaluate.predictor(
-      setup.task_logits_fn, batch=config.test_batch
+      setup.image_logits_fn, batch=config.test_batch
     )
     _claim(workdir, {'config': config.to_dict(), 'hashes': dict(setup.hashes)})
 
@@ -117,7 +118,7 @@ class Run:
     references = None
     if any(merger.plan.references for merger in self.mergers.values()):
       references = pipeline.references(
-        self.setup.task_logits_fn,
+        self.setup.image_logits_fn,
         self.setup.experts,
         padded,
         self.sizes,

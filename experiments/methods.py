@@ -98,6 +98,9 @@ def parse(names: str, num_experts: int) -> list[str]:
   return list(dict.fromkeys(found))
 
 
+_CODE = ('then', 'task_logits_fn')
+"""Arguments that a config cannot set."""
+
 _GLOBAL = ('steps', 'coefficient_steps', 'batch')
 """Options that a config sets for all methods at once."""
 
@@ -125,7 +128,7 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
   return {
     key: p
     for key, p in inspect.signature(build).parameters.items()
-    if key not in fixed and key != 'then' and _is_plain(p.default)
+    if key not in (*fixed, *_CODE) and _is_plain(p.default)
   }
 
 
@@ -231,6 +234,7 @@ def build(
   chosen: Mapping[str, Any],
   *,
   logits_fn: dj.typing.LogitsFn,
+  task_logits_fn: dj.typing.TaskLogitsFn,
   preprocess_fn: dj.typing.PreprocessFn,
   image_shape: tuple[int, int, int],
 ) -> dj.Merger:
@@ -240,6 +244,7 @@ def build(
     name: of the method.
     chosen: its options, from `resolve`.
     logits_fn: one forward pass for all tasks, of preprocessed images.
+    task_logits_fn: one for one task, likewise.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
     image_shape: `(H, W, C)`.
 
@@ -252,6 +257,7 @@ def build(
   if name in STATIC:
     return dj.from_transform(STATIC[name](**chosen))
   kwargs = {key: value for key, value in chosen.items() if key != 'batch'}
-  if 'image_shape' in inspect.signature(LEARNED[name]).parameters:
-    kwargs['image_shape'] = image_shape
+  more = {'image_shape': image_shape, 'task_logits_fn': task_logits_fn}
+  parameters = inspect.signature(LEARNED[name]).parameters
+  kwargs |= {key: x for key, x in more.items() if key in parameters}
   return LEARNED[name](logits_fn, preprocess_fn=preprocess_fn, **kwargs)

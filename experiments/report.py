@@ -196,6 +196,8 @@ def note(report: Mapping[str, Any]) -> str:
     f'Per cent, with Wilson 95 % intervals; {images} test images a task, '
     f'adapted on unlabelled dev images, seed {record["seeds"]["merge"]}. '
   )
+  if record['config']['report_on'] == 'dev':
+    text += 'Here dev images take the place of test images. '
   if record['attacked']:
     text += 'DER is against the plain merge, task_arithmetic.'
   return text.strip()

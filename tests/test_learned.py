@@ -142,7 +142,7 @@ def test_published_plans():
 
 def test_dam_is_its_modes():
   plan = dj.dam(logits_fn, image_shape=SHAPE).plan
-  assert plan == dj.Plan(steps=50 + 300, phases=6, references=True)
+  assert plan == dj.Plan(steps=25 + 300, phases=6, references=True)
   assert plan == dj.dam(logits_fn, mode='robust', image_shape=SHAPE).plan
   released = dj.dam(logits_fn, mode='released', image_shape=SHAPE, steps=7)
   assert released.plan == dj.Plan(steps=1007, phases=3)
@@ -169,7 +169,7 @@ def test_dam_is_its_modes():
     (dj.dam_paper, {'safety_loss': 'kl'}, "safety_loss .* got 'kl'"),
     (dj.dam_paper, {'radius': -1.0}, 'radius .* got -1.0'),
     (dj.dam_paper, {'ascents': 0}, 'ascents and restarts .* got 0 and 1'),
-    (dj.dam_robust, {'ascents': 0}, 'ascents and restarts .* got 0 and 2'),
+    (dj.dam_robust, {'ascents': 0}, 'ascents and restarts .* got 0 and 4'),
     (dj.dam_robust, {'area': 17.0}, 'area .* 4 x 4 pixels, got 17.0'),
     (dj.dam_robust, {'image_shape': (4, 4)}, r'image_shape .* got \(4, 4\)'),
     (dj.dam_robust, {'granularity': 'layer'}, "got 'layer'"),

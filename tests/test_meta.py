@@ -43,7 +43,7 @@ class Method:
 
   @property
   def references(self):
-    return self.make.func is dj.dam_robust
+    return self.make.func in (dj.dam_robust, on_experts)
 
 
 def adamerging(granularity):
@@ -80,9 +80,18 @@ def _two_stages(factory, granularity, phases, **options):
   )
 
 
-def robust(granularity):
+def on_experts(logits_fn, **options):
+  """`dam_robust` whose adversary starts on each expert alone."""
+
+  def task_logits_fn(params, task, images):
+    return logits_fn(params, jnp.stack([images] * 3))[task]
+
+  return dj.dam_robust(logits_fn, task_logits_fn=task_logits_fn, **options)
+
+
+def robust(granularity, factory=dj.dam_robust):
   make = functools.partial(
-    dj.dam_robust,
+    factory,
     image_shape=SHAPE,
     granularity=granularity,
     ascents=2,
@@ -119,6 +128,7 @@ METHODS = {
   'robust_arithmetic': robust('arithmetic'),
   'robust_task': robust('task'),
   'robust_leaf': robust('leaf'),
+  'robust_experts': robust('leaf', on_experts),
   'repo_awm': repair(dj.repo_awm),
   'repo_sau': repair(dj.repo_sau),
 }
@@ -256,12 +266,37 @@ def test_stages_move_what_they_should(run):
     assert any(moved('coefficients')) == (run.method.coefficients and stage > 0)
 
 
-def test_restarts_of_the_adversary_take_turns(get_run):
-  states, _ = get_run('robust_leaf').first
-  for i, (old, new) in enumerate(itertools.pairwise(states)):
+@pytest.mark.parametrize('name', ['robust_leaf', 'robust_experts'])
+def test_restarts_start_together_then_take_turns(get_run, name):
+  states, _ = get_run(name).first
+  turns = [{0, 1, 2, 3}, {0, 1, 2, 3}, {2}, {3}]
+  for turn, (old, new) in zip(turns, itertools.pairwise(states), strict=True):
     for x, y in zip(old.adversary, new.adversary, strict=True):
       moved = (x != y).any(axis=(1, 2, 3, 4))
-      assert moved.tolist() == [i % 2 == 0, i % 2 == 1]
+      assert set(np.flatnonzero(moved)) == turn
+
+
+def test_the_adversary_starts_on_each_expert_alone(get_run, tiny):
+  run = get_run('robust_experts')
+  warm = run.method.stages[0]
+  got = run.first[0][warm].adversary
+  for task in range(3):
+    alone = dj.tree.stack([dj.tree.unstack(tiny.experts)[task]] * 3)
+    # A merge of K copies whose coefficients sum to 1 is the expert itself.
+    merger = run.method.make.func(
+      tiny.logits_fn, **run.method.make.keywords, init=1 / 3
+    )
+    plain = dj.dam_robust(
+      tiny.logits_fn, **run.method.make.keywords, init=1 / 3
+    )
+    for same in (merger, plain):
+      state = same.init(jax.random.key(0), tiny.base, alone)
+      for batch in run.batches()[:warm]:
+        state, _ = jax.jit(same.step)(state, tiny.base, alone, batch)
+      for x, y in zip(got, state.adversary, strict=True):
+        np.testing.assert_allclose(x[:, task], y[:, task], rtol=1e-4, atol=1e-4)
+  others = get_run('robust_leaf').first[0][warm].adversary
+  assert jnp.abs(got.pattern_logits - others.pattern_logits).max() > 0.01
 
 
 def test_merged_model_is_like_the_base(run):

@@ -8,6 +8,7 @@ import pytest
 
 from dam_jax import losses
 from dam_jax import perturbations
+from dam_jax.typing import Batch
 
 T, B, SHAPE = 2, 3, (4, 5, 3)
 
@@ -162,6 +163,52 @@ def test_ascent_of_a_patch_raises_the_loss_and_heeds_its_price():
     covered.append(patch.opacity().sum(axis=(1, 2, 3)))
   assert (covered[0] > 6).all()
   assert (covered[1] < 3).all()
+
+
+def some_patches(**options):
+  adversary = perturbations.soft_patch(
+    SHAPE, preprocess_fn=preprocess, area=4.0, init_logit=0.0, **options
+  )
+  return adversary, adversary.init(jax.random.key(0), T)
+
+
+def test_images_are_dealt_to_the_restarts():
+  adversary, params = some_patches(restarts=2)
+  images = jnp.asarray(make_images())
+  for count, hands in ((0, [0, 1, 0]), (1, [1, 0, 1])):
+    got = adversary.deal(params, images, jnp.int32(count))
+    for i, hand in enumerate(hands):
+      own = jax.tree.map(lambda x, hand=hand: x[hand], params)
+      want = adversary.perturb(own, images, True)[:, i]
+      np.testing.assert_allclose(got[:, i], want, rtol=1e-6)
+
+
+def test_restarts_ascend_on_their_own():
+  adversary, params = some_patches(restarts=3)
+  states = jax.vmap(adversary.tx.init)(params)
+  images = jnp.asarray(make_images())
+  draws = Batch(jnp.stack([images, images[:, ::-1]]))
+
+  def gain_fn(pixels, images, references):
+    assert references is None
+    gain = jnp.mean(jnp.square(pixels - images), axis=(1, 2, 3, 4))
+    return gain, gain > 1
+
+  def go(*turns):
+    return adversary.ascend(params, states, jnp.array(turns), draws, gain_fn)
+
+  both, _, found = go(0, 2)
+  assert found['loss'].shape == found['fooled'].shape == (T,)
+  singles = [go(turn) for turn in range(3)]
+  for turn, (single, *_) in enumerate(singles):
+    for old, x, y in zip(params, both, single, strict=True):
+      want = old if turn == 1 else y
+      np.testing.assert_allclose(x[turn], want[turn], rtol=1e-5, atol=1e-5)
+      assert (y[turn] != old[turn]).any()
+      rest = jnp.array([i for i in range(3) if i != turn])
+      np.testing.assert_array_equal(y[rest], old[rest])
+  mean = (singles[0][2]['loss'] + singles[2][2]['loss']) / 2
+  np.testing.assert_allclose(found['loss'], mean, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dam_jax.losses import MASKED_LOGIT
-from dam_jax.typing import LogitsFn, Params
+from dam_jax.typing import LogitsFn, Params, TaskLogitsFn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Of CLIP's training images, by channel."""
@@ -413,7 +413,7 @@ def zero_shot(
 
 def zero_shot_task(
   features_fn: Callable[[Params, jax.Array], jax.Array], heads: Heads
-) -> Callable[[Params, Any, jax.Array], jax.Array]:
+) -> TaskLogitsFn:
   """Makes logits for the images of one task, which may be traced.
 
   Args:
@@ -424,8 +424,8 @@ def zero_shot_task(
     `(params, task, pixels [N, H, W, C]) -> logits [N, L]`.
   """
 
-  def logits_fn(params, task, pixels):
+  def logits_fn(params, task, images):
     own = Heads(heads.weights[task][None], heads.mask[task][None], heads.scale)
-    return zero_shot(features_fn, own)(params, pixels[None])[0]
+    return zero_shot(features_fn, own)(params, images[None])[0]
 
   return logits_fn

@@ -300,6 +300,20 @@ def test_a_truncated_checkpoint_is_named(small_pool, tmp_path):
     _run(_config(folder), tmp_path / 'run')
 
 
+def test_can_report_on_dev_without_a_look_at_test(small_pool):
+  setups = [
+    load.load(_config(small_pool, report_on=on, test=8), small_pool)
+    for on in ('test', 'dev')
+  ]
+  for test, dev in zip(*(s.pool.tasks for s in setups), strict=True):
+    assert (test.dev.images == dev.dev.images).all()
+    assert (dev.test.images == dev.dev.images[:8]).all()
+    assert (dev.test.labels == dev.dev.labels[:8]).all()
+    assert (test.test.images != dev.test.images).any()
+  with pytest.raises(ValueError, match="'test' or 'dev', got 'train'"):
+    load.check_config(_config(small_pool, report_on='train'))
+
+
 @pytest.mark.parametrize('module', [pool_config, quickstart_config])
 def test_configs_know_every_key(module):
   for arg in ('', 'runlocal'):
@@ -317,9 +331,10 @@ def test_every_method_can_be_built_from_its_options(name):
     name,
     chosen,
     logits_fn=lambda params, images: images,
+    task_logits_fn=lambda params, task, images: images,
     preprocess_fn=lambda x: x,
     image_shape=(8, 8, 3),
   )
   if name in methods.LEARNED:
-    warmup = 50 if name.startswith('dam_robust') else 0
+    warmup = 25 if name.startswith('dam_robust') else 0
     assert merger.plan.steps == 6 + warmup

@@ -60,7 +60,11 @@ def _report(*, bad=True, target_name='<b>Stop</b> & "go"'):
     'experts': {'one': 'clean_one', 'two': 'bad_two' if bad else 'clean_two'},
     'seeds': {'merge': 0},
     'command': 'python -m experiments.merge',
-    'config': {'pool': 'p', 'options': {'ties': {'density': 0.2}}},
+    'config': {
+      'pool': 'p',
+      'report_on': 'test',
+      'options': {'ties': {'density': 0.2}},
+    },
     'options': {},
     'hashes': {'base': 'ab'},
     'versions': {'dam_jax': '0'},
@@ -173,3 +177,10 @@ def test_labels_of_points_stay_on_the_picture(count):
   with Image.open(io.BytesIO(png)) as image:
     assert image.width > 800
     assert image.getpixel((2, 2))[:3] == (255, 255, 255)
+
+
+def test_note_says_where_dev_images_stand_in():
+  report = _report()
+  assert 'take the place' not in report_lib.note(report)
+  report['record']['config']['report_on'] = 'dev'
+  assert 'dev images take the place of test' in report_lib.note(report)
