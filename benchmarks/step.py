@@ -51,7 +51,7 @@ def _seconds(fn, repeats):
 
 
 def _problem():
-  """Returns base and experts, raveled, and the logits of all tasks."""
+  """Returns base and experts, raveled, and functions of logits by name."""
   tower = clip.VisionTower(CONFIG)
   pixels = jnp.zeros((1, *CONFIG.image_shape))
   base = tower.init(jax.random.key(0), pixels)['params']
@@ -69,8 +69,11 @@ def _problem():
   def features_fn(params, pixels):
     return jnp.asarray(tower.apply({'params': params}, pixels))
 
-  logits_fn = clip.zero_shot(features_fn, heads)
-  return dj.tree.ravel(base), dj.tree.ravel(experts, leading=1), logits_fn
+  logits = {
+    'logits_fn': clip.zero_shot(features_fn, heads),
+    'task_logits_fn': clip.zero_shot_task(features_fn, heads),
+  }
+  return dj.tree.ravel(base), dj.tree.ravel(experts, leading=1), logits
 
 
 def _batch(phases, batch):
@@ -79,13 +82,13 @@ def _batch(phases, batch):
   return dj.Batch(images, jnp.full((*shape, CLASSES), 1 / CLASSES))
 
 
-def measure(name, repeats, base, experts, logits_fn):
+def measure(name, repeats, base, experts, logits):
   """Returns seconds to compile and a step of one method, all phases on."""
   chosen = methods.resolve([name], {}, steps=1000, batch=BATCH)[name]
   merger = methods.build(
     name,
     chosen,
-    logits_fn=logits_fn,
+    **logits,
     preprocess_fn=clip.normalize,
     image_shape=CONFIG.image_shape,
   )
@@ -104,7 +107,8 @@ def measure(name, repeats, base, experts, logits_fn):
 def main(argv):
   """Measures and prints."""
   del argv
-  base, experts, logits_fn = _problem()
+  base, experts, logits = _problem()
+  logits_fn = logits['logits_fn']
   images = _batch(1, BATCH).images[0]
 
   @jax.jit
@@ -119,7 +123,7 @@ def main(argv):
   table = Table('method', 'compile, s', 'step, s', 'passes')
   found = {}
   for name in methods.parse(_METHODS.value, EXPERTS):
-    found[name] = measure(name, _REPEATS.value, base, experts, logits_fn)
+    found[name] = measure(name, _REPEATS.value, base, experts, logits)
     table.add_row(
       name,
       f'{found[name]["compile"]:.1f}',

@@ -119,7 +119,7 @@ class Adversary(NamedTuple):
       `[T, B, H, W, C]`, what the model reads.
     """
     num = images.shape[1]
-    hands = (count * num + jnp.arange(num)) % self.restarts
+    hands = (count * num + jnp.arange(num, dtype=count.dtype)) % self.restarts
 
     def perturb(hand, image):
       own = jax.tree.map(lambda x: x[hand], params)
