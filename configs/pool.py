@@ -74,6 +74,6 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.test = 50 if local else 0
   c.report_on = 'test'
   c.transfer_test = 20 if local else 50
-  c.test_batch = 100
+  c.test_batch = 50
   c.seed = 0
   return c

@@ -344,7 +344,7 @@ def found_triggers(
   """
   restarts, num_tasks = found.shape[:2]
   with matplotlib.rc_context({**_STYLE, 'axes.grid': False}):
-    figure = Figure(figsize=(1.32 * num_tasks + 0.9, 1.42 * (restarts + 1)))
+    figure = Figure(figsize=(1.32 * num_tasks + 0.9, 1.55 * (restarts + 1)))
     grid = figure.subplots(restarts + 1, num_tasks, squeeze=False)
     for t, task in enumerate(tasks):
       attacked = task in true
