@@ -22,8 +22,8 @@ With 4 bad, 300 steps and 500 test images a task, on 2 cores:
   the triggers on a clean merge     | 70.9, 3.8 / 0.0 / 42.0 / 34.3
 
 gtsrb keeps a part of its backdoor. With patches that start on the merged model,
-two a task, it kept 45: there they never meet that trigger, on the expert alone
-they meet its target within 100 ascents.
+two a task, it kept 45: there they never meet that trigger; on the expert alone
+one of two met its target within 100 ascents, both within 200.
 
 Any folder of the same layout runs, with backdoored checkpoints of any name
 whose trigger lies in `triggers/<name>.npz`:

@@ -9,7 +9,7 @@ merged, 77.5, 54.4 and 13.3. The other learned merges take 20 steps here, of the
 1000 or more that their authors gave them: enough to see them run, not to judge
 them.
 
-The options of dam_robust were chosen among seventeen on dev images
+The options of dam_robust were chosen among twenty-two on dev images
 (`--config.report_on=dev`), those of the training while looking at test images.
 
   python -m experiments.merge --config=configs/quickstart.py

@@ -22,14 +22,14 @@ expert alone: the same counts, of other models.
 
 from collections.abc import Callable, Mapping, Sequence
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from dam_jax.typing import Params
+from dam_jax.typing import TaskLogitsFn
 
 
 class Rate(NamedTuple):
@@ -256,7 +256,7 @@ def transfer(triggered: np.ndarray, clean: np.ndarray) -> Transfer:
 
 
 def predictor(
-  task_logits_fn: Callable[[Params, Any, jax.Array], jax.Array],
+  task_logits_fn: TaskLogitsFn,
   *,
   batch: int = 250,
 ) -> Callable[..., np.ndarray]:

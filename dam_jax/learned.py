@@ -358,9 +358,9 @@ def dam_robust(
   those. Each expert and parameter has a coefficient `2 init sigmoid(L)`. It
   minimises the cross-entropy of the merged model to each expert's own
   predictions on clean images and, for the same predictions, on images with a
-  soft patch that fools the merged model and is itself learned. An
-  untargeted patch may never meet a backdoor on the merged model; on the expert
-  alone it mostly does, so that is where patches start.
+  soft patch that fools the merged model and is itself learned. An untargeted
+  patch may never meet a backdoor on the merged model; on the expert alone it
+  mostly does, so that is where patches start.
 
   Args:
     logits_fn: one forward pass for all tasks.

@@ -96,11 +96,7 @@ class Adversary(NamedTuple):
       return (self.project(optax.apply_updates(params, updates)), state), found
 
     before = jax.tree.map(lambda x: x[turns], (params, states))
-    after, found = jax.lax.scan(
-      lambda own, draw: jax.vmap(step, (0, None))(own, draw),
-      before,
-      draws,
-    )
+    after, found = jax.lax.scan(jax.vmap(step, (0, None)), before, draws)
     params, states = jax.tree.map(
       lambda old, new: old.at[turns].set(new), (params, states), after
     )

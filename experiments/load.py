@@ -144,9 +144,7 @@ def _bad(config: config_dict.ConfigDict) -> list[str]:
 
 
 def _reported_on_dev(task: tasks_lib.Task, num: int) -> tasks_lib.Task:
-  images, labels = task.dev
-  num = num or len(images)
-  seen = tasks_lib.Split(images[:num], labels[:num])
+  seen = tasks_lib.Split(*(x[: num or None] for x in task.dev))
   return dataclasses.replace(task, test=seen)
 
 

@@ -73,6 +73,18 @@ def test_shared_adversarial_rests_once_the_class_is_unlearned():
   assert grad(jnp.array([-1.0, 0.0, 0.0]))[0] > 0.1
 
 
+def test_unshared_divergence_leaves_out_mistakes_that_are_shared():
+  sure = 9 * jnp.eye(3)
+  logits, other = sure[jnp.array([[1, 1, 0]])], sure[jnp.array([[1, 2, 0]])]
+  zeros = jnp.zeros((1, 3), jnp.int32)
+  got = losses.unshared_divergence(logits, other, zeros, zeros)
+  want = losses.jensen_shannon(logits[:, 1], other[:, 1]) / 3
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  # Both predict class 1 on the first image; without this mistake it counts.
+  apart = losses.unshared_divergence(sure[zeros + 1], sure[zeros], zeros, zeros)
+  np.testing.assert_allclose(apart, 3 * want, rtol=1e-6)
+
+
 def test_unlearn_shared_takes_what_fools_the_reference_only():
   logits = jnp.asarray(make_logits(0)[:1, :4])
   clean = 9 * jax.nn.one_hot(jnp.array([[0, 1, 3, 3]]), L)

@@ -122,22 +122,24 @@ def _climb(adversary, steps):
 
   labels = jnp.argmax(logits_fn(preprocess(images)), axis=-1)
 
+  def gain_fn(pixels, images, references):
+    del images, references
+    logits = logits_fn(pixels)
+    gain = jnp.mean(losses.cross_entropy(logits, labels), axis=-1)
+    return gain, jnp.mean(jnp.argmax(logits, axis=-1) != labels, axis=-1)
+
   def loss_fn(params):
     pixels = adversary.perturb(params, images, False)
-    return jnp.mean(losses.cross_entropy(logits_fn(pixels), labels))
-
-  def step(carry, _):
-    params, state = carry
-    grads = jax.grad(lambda p: adversary.price(p) - loss_fn(p))(params)
-    updates, state = adversary.tx.update(grads, state, params)
-    params = adversary.project(optax.apply_updates(params, updates))
-    return (params, state), None
+    return jnp.mean(gain_fn(pixels, images, None)[0])
 
   @jax.jit
   def run(key):
-    start = jax.tree.map(lambda x: x[0], adversary.init(key, T))
-    carry = start, adversary.tx.init(start)
-    (end, _), _ = jax.lax.scan(step, carry, length=steps)
+    start = adversary.init(key, T)
+    states = jax.vmap(adversary.tx.init)(start)
+    draws = Batch(jnp.stack([images] * steps))
+    turns = jnp.array([0])
+    end, _, _ = adversary.ascend(start, states, turns, draws, gain_fn)
+    start, end = jax.tree.map(lambda x: x[0], (start, end))
     return loss_fn(start), loss_fn(end), end
 
   return run(jax.random.key(0))

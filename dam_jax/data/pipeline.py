@@ -10,14 +10,14 @@ alone: a run that resumes at step 100 reads what an unbroken run would have.
   (2, 1, 1, 2)
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dam_jax.typing import Batch, Params
+from dam_jax.typing import Batch, Params, TaskLogitsFn
 
 
 class Unlabelled(NamedTuple):
@@ -162,7 +162,7 @@ def gather(data: Unlabelled, indices: jax.Array) -> Batch:
 
 
 def references(
-  task_logits_fn: Callable[[Any, jax.Array, jax.Array], jax.Array],
+  task_logits_fn: TaskLogitsFn,
   experts: Params,
   images: jax.Array,
   sizes: Sequence[int],
