@@ -128,7 +128,14 @@ def test_perturbation_phase_takes_no_gradient_in_the_weights(tiny):
       adversary=perturbations.additive(SHAPE, preprocess_fn=lambda x: x),
       **options,
     )
-    merger = meta_merger(lambda p, x: tiny.logits_fn(watch(p), x), spec)
+
+    def logits_fn(params, images):
+      return tiny.logits_fn(watch(params), images)
+
+    def task_logits_fn(params, task, images):
+      return logits_fn(params, jnp.stack([images] * 3))[task]
+
+    merger = meta_merger(logits_fn, spec, task_logits_fn=task_logits_fn)
     args = merger.init(jax.random.key(0), tiny.base, tiny.experts), tiny.base
     batch = tiny.batch(max(merger.plan.phases, 1))
     jax.eval_shape(merger.step, *args, tiny.experts, batch)
