@@ -56,6 +56,20 @@ def test_trim_keeps_one_more_than_the_floor():
     assert np.count_nonzero(out) == kept
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32', 'float64'])
+def test_trim_ranks_every_float(dtype):
+  rng = np.random.default_rng(3)
+  x = rng.normal(size=40) * 10.0 ** rng.integers(-7, 4, 40)
+  x[:6] = [0.0, -0.0, np.inf, -np.inf, 6e-8, -6e-8]  # subnormal in float16
+  with jax.enable_x64(dtype == 'float64'):
+    x = jnp.asarray(x, dtype)
+    for density in (0.01, 0.1, 0.5, 0.9, 0.96, 1.0):
+      out = apply(transforms.trim(density), {'w': x[None]})['w']
+      assert out.dtype == dtype
+      want = keep_largest(np.asarray(x, np.float64), density)
+      np.testing.assert_array_equal(np.asarray(out[0], np.float64), want)
+
+
 def test_drop_keeps_what_exceeds_the_rate():
   uniform = np.random.default_rng(1).uniform(size=(3, 4, 5)).astype(np.float32)
   uniform[0, 0, 0] = 0.25
