@@ -6,6 +6,7 @@ vectors get: `_task_arithmetic` fixed ones, `_task_wise` one a task,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
 import inspect
 import typing
@@ -112,9 +113,10 @@ def options(name: str) -> dict[str, Any]:
     name: of the method.
 
   Returns:
-    Options that are numbers, strings, tuples of these, or None.
+    Options that are numbers, strings, tuples of these, None, or a dict of such
+    for each mask and for the quirks.
   """
-  found = {key: p.default for key, p in _parameters(name).items()}
+  found = {key: _plain(p.default) for key, p in _parameters(name).items()}
   if name in LEARNED:
     found['batch'] = next(
       (b for family, b in BATCH.items() if name.startswith(family)), None
@@ -135,7 +137,17 @@ def _parameters(name: str) -> dict[str, inspect.Parameter]:
 def _is_plain(value: Any) -> bool:
   if isinstance(value, tuple):
     return all(map(_is_plain, value))
+  if dataclasses.is_dataclass(value):
+    return True
   return value is None or isinstance(value, (int, float, str))
+
+
+def _plain(value: Any) -> Any:
+  """Returns the fields of a mask or of the quirks that a config can set."""
+  if not dataclasses.is_dataclass(value):
+    return value
+  fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+  return {key: x for key, x in fields.items() if _is_plain(x)}
 
 
 def config_options(name: str) -> config_dict.ConfigDict:
@@ -150,20 +162,23 @@ def config_options(name: str) -> config_dict.ConfigDict:
   """
   out = config_dict.ConfigDict()
   for key, default in options(name).items():
-    if key in _GLOBAL or default is None:
-      parameter = _parameters(name).get(key)
-      out[key] = config_dict.placeholder(
-        int if key in _GLOBAL or parameter is None else _kind(parameter)
-      )
+    parameter = _parameters(name).get(key)
+    if key in _GLOBAL or parameter is None:
+      out[key] = config_dict.placeholder(int)
+    elif isinstance(default, dict):
+      kinds = typing.get_type_hints(type(parameter.default))
+      out[key] = {k: _field(x, kinds[k]) for k, x in default.items()}
     else:
-      out[key] = default
+      out[key] = _field(default, parameter.annotation)
   return out
 
 
-def _kind(parameter: inspect.Parameter) -> type:
-  """Returns the type of an argument that may be None."""
-  kinds = typing.get_args(parameter.annotation)
-  return next(k for k in kinds if k is not type(None))
+def _field(default: Any, annotation: Any) -> Any:
+  """Returns a default, for None a placeholder of the type it stands for."""
+  if default is not None:
+    return default
+  kinds = typing.get_args(annotation)
+  return config_dict.placeholder(next(k for k in kinds if k is not type(None)))
 
 
 def resolve(
@@ -189,19 +204,14 @@ def resolve(
   Raises:
     ValueError: with all unknown methods and options, and what is allowed.
   """
+  given = {name: _settled(chosen) for name, chosen in given.items()}
   lines = [
     f'  options.{name}: no such method, allowed are {", ".join(ALL)}'
     for name in given
     if name not in ALL
   ]
-  lines += [
-    f'  options.{name}.{key}: no such option, allowed are '
-    f'{", ".join(options(name)) or "none"}'
-    for name in given
-    if name in ALL
-    for key in given[name]
-    if key not in options(name)
-  ]
+  for name in filter(ALL.__contains__, given):
+    lines += _unknown(f'  options.{name}', given[name], options(name))
   if steps < 0 or batch < 1:
     lines.append(
       f'  steps must not be negative and batch positive, got {steps} and '
@@ -216,9 +226,37 @@ def resolve(
       chosen['batch'] = chosen['batch'] or batch
       if steps:
         chosen |= _split(name, steps)
-    given_here = given.get(name, {}).items()
-    out[name] = chosen | {k: v for k, v in given_here if v is not None}
+    for key, value in given.get(name, {}).items():
+      nested = isinstance(value, dict)
+      chosen[key] = chosen[key] | value if nested else value
+    out[name] = chosen
   return out
+
+
+def _settled(given: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what is set, without what is None, as dicts."""
+  plain = config_dict.ConfigDict(given).to_dict()
+  return {
+    key: _settled(x) if isinstance(x, dict) else x
+    for key, x in plain.items()
+    if x is not None
+  }
+
+
+def _unknown(
+  where: str, given: Mapping[str, Any], allowed: Mapping[str, Any]
+) -> list[str]:
+  """Returns a line for each option that there is not."""
+  lines = []
+  for key, value in given.items():
+    if key not in allowed:
+      names = ', '.join(allowed) or 'none'
+      lines.append(f'{where}.{key}: no such option, allowed are {names}')
+    elif isinstance(allowed[key], dict) != isinstance(value, dict):
+      lines.append(f'{where}.{key}: got {value!r}, want {allowed[key]!r}')
+    elif isinstance(value, dict):
+      lines += _unknown(f'{where}.{key}', value, allowed[key])
+  return lines
 
 
 def _split(name: str, steps: int) -> dict[str, int]:
@@ -259,5 +297,8 @@ def build(
   kwargs = {key: value for key, value in chosen.items() if key != 'batch'}
   more = {'image_shape': image_shape, 'task_logits_fn': task_logits_fn}
   parameters = inspect.signature(LEARNED[name]).parameters
+  for key, value in kwargs.items():
+    if isinstance(value, dict):
+      kwargs[key] = dataclasses.replace(parameters[key].default, **value)
   kwargs |= {key: x for key, x in more.items() if key in parameters}
   return LEARNED[name](logits_fn, preprocess_fn=preprocess_fn, **kwargs)

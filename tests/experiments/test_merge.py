@@ -3,14 +3,17 @@
 import dataclasses
 import io
 import json
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from configs import pool as pool_config
 from configs import quickstart as quickstart_config
+import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.models import convert
 from experiments import learn
@@ -285,6 +288,41 @@ def test_options_of_methods_are_checked(small_pool, tmp_path):
   config.options.ties.density = 1.5
   with pytest.raises(ValueError, match=r'density must be in \(0, 1\], got 1.5'):
     _run(config, tmp_path)
+  given = {
+    'dam_released': {'quirks': {'leek_outer': False}, 'mask': 3},
+    'dam_pape': {},
+  }
+  with pytest.raises(ValueError, match='methods:') as e:
+    methods.resolve(['dam_released'], given, steps=6, batch=4)
+  for line in (
+    r'options\.dam_released\.quirks\.leek_outer: .* allowed are stale_inner',
+    r'options\.dam_released\.mask: got 3, want {.*temperature',
+    r'options\.dam_pape: no such method',
+  ):
+    assert re.search(line, str(e.value))
+
+
+def test_quirks_and_masks_can_be_set_one_by_one():
+  def start(**given):
+    chosen = methods.resolve(
+      ['dam_released'], {'dam_released': given}, steps=6, batch=4
+    )['dam_released']
+    merger = methods.build(
+      'dam_released',
+      chosen,
+      logits_fn=lambda params, images: images,
+      task_logits_fn=lambda params, task, images: images,
+      preprocess_fn=lambda x: x,
+      image_shape=(8, 8, 3),
+    )
+    base = {'w': jnp.zeros(3)}
+    return merger.init(jax.random.key(0), base, dj.tree.stack([base] * 2))
+
+  assert jax.tree.leaves(start().inner_state)
+  assert start().masks['shared'].tolist() == [0, 0, 0]
+  state = start(quirks={'persistent_adam': False}, mask={'init': 2.0})
+  assert not jax.tree.leaves(state.inner_state)
+  assert state.masks['shared'].tolist() == [2, 2, 2]
 
 
 def test_a_truncated_checkpoint_is_named(small_pool, tmp_path):
