@@ -80,7 +80,14 @@ class VisionConfig:
   layer_norm_eps: float = 1e-5
 
   def __post_init__(self):
-    lines = []
+    sizes = dataclasses.asdict(self)
+    lines = [
+      f'{name} must be positive, got {size}'
+      for name, size in sizes.items()
+      if isinstance(size, (int, float)) and not size > 0
+    ]
+    if lines:
+      raise ValueError('\n  '.join(['a CLIP image tower:', *lines]))
     if self.hidden_act not in _ACTIVATIONS:
       lines.append(
         f'hidden_act must be one of {tuple(_ACTIVATIONS)}, '
@@ -182,23 +189,24 @@ class _Attention(nn.Module):
   dtype: Any
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Attends within each image; `[N * tokens, width]` to the same."""
+  def __call__(self, x: jax.Array, queries: jax.Array) -> jax.Array:
+    """Attends within each image; `[N * tokens, width]`, queries alike."""
     c = self.config
     heads, depth = c.num_attention_heads, c.hidden_size // c.num_attention_heads
+    num = x.shape[0] // c.num_tokens
 
-    def project(name):
+    def project(x, name):
       y = nn.Dense(c.hidden_size, dtype=self.dtype, name=name)(x)
-      y = y.reshape(-1, c.num_tokens, heads, depth)
-      return jnp.swapaxes(y, 1, 2)
+      return jnp.swapaxes(y.reshape(num, -1, heads, depth), 1, 2)
 
-    q, k, v = project('q_proj'), project('k_proj'), project('v_proj')
+    q = project(queries, 'q_proj')
+    k, v = project(x, 'k_proj'), project(x, 'v_proj')
     scores = jnp.einsum('nhqd,nhkd->nhqk', q * depth**-0.5, k)
     wide = np.promote_types(scores.dtype, np.float32)
     weights = jax.nn.softmax(scores.astype(wide)).astype(v.dtype)
     y = jnp.swapaxes(jnp.einsum('nhqk,nhkd->nhqd', weights, v), 1, 2)
     return nn.Dense(c.hidden_size, dtype=self.dtype, name='out_proj')(
-      y.reshape(x.shape)
+      y.reshape(queries.shape)
     )
 
 
@@ -229,12 +237,17 @@ def _layer_norm(config: VisionConfig, dtype: Any, name: str) -> nn.LayerNorm:
 class _Block(nn.Module):
   config: VisionConfig
   dtype: Any
+  every_token: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps `[N * tokens, width]` to the same, or to the first token's alone."""
     c, dtype = self.config, self.dtype
     y = _layer_norm(c, dtype, 'layer_norm1')(x)
-    x = x + _Attention(c, dtype, name='self_attn')(y)
+    queries = y
+    if not self.every_token:
+      x, queries = x[:: c.num_tokens], y[:: c.num_tokens]
+    x = x + _Attention(c, dtype, name='self_attn')(y, queries)
     y = _layer_norm(c, dtype, 'layer_norm2')(x)
     return x + _MLP(c, dtype, name='mlp')(y)
 
@@ -276,11 +289,15 @@ class VisionTower(nn.Module):
       computation are float32.
     scan_layers: compile one block and loop over it, which compiles faster by
       about the number of layers. Parameters stay one leaf a tensor.
+    every_token: let the last block compute all tokens, for those who capture
+      them. Features read the class token alone, and a block without the others
+      does a sixth of its work.
   """
 
   config: VisionConfig
   dtype: Any = None
   scan_layers: bool = False
+  every_token: bool = False
 
   @nn.compact
   def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -303,15 +320,15 @@ class VisionTower(nn.Module):
     # all, than over [N, tokens, width].
     x = x.reshape(-1, c.hidden_size)
     x = _layer_norm(c, dtype, 'pre_layernorm')(x)
-    blocks = [
-      _Block(c, dtype, name=f'layers_{i}') for i in range(c.num_hidden_layers)
-    ]
-    if self.scan_layers and not self.is_initializing():
+    names = [f'layers_{i}' for i in range(c.num_hidden_layers)]
+    blocks = [_Block(c, dtype, name=name) for name in names[:-1]]
+    if self.scan_layers and not self.is_initializing() and blocks:
       x = self._scan(blocks, x)
     else:
       for block in blocks:
         x = block(x)
-    x = x.reshape(-1, c.num_tokens, c.hidden_size)[:, 0]
+    x = _Block(c, dtype, self.every_token, name=names[-1])(x)
+    x = x[:: c.num_tokens] if self.every_token else x
     x = _layer_norm(c, dtype, 'post_layernorm')(x)
     x = nn.Dense(
       c.projection_dim, use_bias=False, dtype=dtype, name='visual_projection'

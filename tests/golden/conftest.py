@@ -173,11 +173,13 @@ class Inputs:
     w = np.asarray(coefficients)
     return w if w.ndim == 1 else w[:, self._leaves]
 
-  def tower(self, params: Any, pixels: jax.Array, **options: Any) -> Any:
+  def tower(
+    self, params: Any, pixels: jax.Array, *, every_token=False, **options: Any
+  ) -> Any:
     """Applies the tower with the reference's frozen projection."""
     kernel = jnp.asarray(self._projection, pixels.dtype)
     params = {**params, 'visual_projection': {'kernel': kernel}}
-    return clip.VisionTower(self.config).apply(
+    return clip.VisionTower(self.config, every_token=every_token).apply(
       {'params': params}, pixels, **options
     )
 

@@ -1,5 +1,7 @@
 """The CLIP image tower, against the reference's forward and backward passes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -24,12 +26,13 @@ def test_every_activation_is_the_references(
   with file.precision():
     pixels = jnp.asarray(inputs.images[0], dtype)
 
-    @quick_jit
-    def activations(params):
+    @functools.partial(quick_jit, static_argnums=1)
+    def activations(params, every_token):
       flat = pixels.reshape(-1, *pixels.shape[2:])
-      _, state = inputs.tower(params, flat, capture_intermediates=True)
-      logits = inputs.logits_fn(params, pixels)
-      return state['intermediates'], logits
+      _, state = inputs.tower(
+        params, flat, every_token=every_token, capture_intermediates=True
+      )
+      return state['intermediates']
 
     def entropy(params, images):
       logits = inputs.logits_fn(params, pixels.at[0].set(images))
@@ -37,10 +40,13 @@ def test_every_activation_is_the_references(
 
     for name, vector in models.items():
       params = inputs.unflatten(vector.astype(dtype))
-      inner, logits = activations(params)
+      logits = quick_jit(inputs.logits_fn)(params, pixels)
       lead = pixels.shape[:2]
-      pooled = inner['post_layernorm']['__call__'][0].reshape(*lead, -1)
-      last = inner[f'layers_{inputs.config.num_hidden_layers - 1}']
+      pooled = activations(params, False)['post_layernorm']['__call__'][0]
+      pooled = pooled.reshape(*lead, -1)
+      last = activations(params, True)[
+        f'layers_{inputs.config.num_hidden_layers - 1}'
+      ]
       tokens = last['__call__'][0].reshape(*lead, inputs.config.num_tokens, -1)
       ours[f'{name}/last_hidden'] = tokens[num - 1]  # of the last task
       for t, head in enumerate(inputs.heads):

@@ -125,6 +125,25 @@ def test_bfloat16_computes_close_and_returns_float32(
   assert jnp.abs(got - want).max() > 0  # it did compute in bfloat16
 
 
+def test_the_last_block_may_compute_every_token(params, pixels):
+  tower = clip.VisionTower(CONFIG, every_token=True)
+  got, state = tower.apply(
+    {'params': params}, pixels, capture_intermediates=True
+  )
+  tokens = state['intermediates']['layers_2']['__call__'][0]
+  assert tokens.shape == (len(pixels) * CONFIG.num_tokens, CONFIG.hidden_size)
+  want = features(params, pixels)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('scan_layers', [False, True])
+def test_one_block_is_a_tower(params, pixels, scan_layers):
+  config = dataclasses.replace(CONFIG, num_hidden_layers=1)
+  got = features(params, pixels, config, scan_layers=scan_layers)
+  assert got.shape == (len(pixels), CONFIG.projection_dim)
+  assert jnp.isfinite(got).all()
+
+
 def test_gelu_is_another_activation(params, pixels):
   config = dataclasses.replace(CONFIG, hidden_act='gelu')
   apart = features(params, pixels, config) - features(params, pixels)
@@ -155,6 +174,13 @@ def test_all_that_is_wrong_with_a_config_is_named():
   assert len(str(error.value).splitlines()) == 4
   for words in ("got 'relu'", '8 does not divide into 3', 'patches of 4'):
     assert words in str(error.value)
+
+
+def test_sizes_that_are_not_positive_are_named():
+  with pytest.raises(ValueError, match='a CLIP image tower:') as error:
+    dataclasses.replace(CONFIG, num_hidden_layers=0, num_attention_heads=-1)
+  assert 'num_hidden_layers must be positive, got 0' in str(error.value)
+  assert 'num_attention_heads must be positive, got -1' in str(error.value)
 
 
 def test_images_of_another_shape_are_refused(params):
