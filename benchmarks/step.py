@@ -22,6 +22,7 @@ from rich.table import Table
 import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.models import clip
+from experiments import learn
 from experiments import methods
 
 _METHODS = flags.DEFINE_string('methods', 'learned', 'names with commas')
@@ -97,7 +98,8 @@ def measure(name, repeats, base, experts, logits):
     state = state._replace(count=jnp.full_like(state.count, 500))
   batch = _batch(merger.plan.phases, chosen['batch'])
   begin = time.perf_counter()
-  step = jax.jit(merger.step).lower(state, base, experts, batch).compile()
+  lowered = jax.jit(merger.step).lower(state, base, experts, batch)
+  step = learn.compile_lowered(lowered, merger.plan.steps)
   compiled = time.perf_counter() - begin
   jax.block_until_ready(step(state, base, experts, batch))
   seconds = _seconds(lambda: step(state, base, experts, batch), repeats)
@@ -118,6 +120,7 @@ def main(argv):
     )
 
   params = base.unravel()
+  plain = learn.compile_lowered(plain.lower(params), 1000)
   jax.block_until_ready(plain(params))
   one = _seconds(lambda: plain(params), _REPEATS.value)
   table = Table('method', 'compile, s', 'step, s', 'passes')

@@ -1,6 +1,7 @@
 """Runs a learned merge: many steps a dispatch, watched and resumable."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import pathlib
 import shutil
 import time
@@ -59,6 +60,27 @@ class Program(NamedTuple):
   seconds: float
 
 
+def compile_lowered(
+  lowered: jax.stages.Lowered, steps: int
+) -> jax.stages.Compiled:
+  """Compiles steps for as many as will be taken.
+
+  On a CPU, XLA without YNNPACK takes 4 to 17 % less time a step of the pool's
+  tower, and 6 to 9 seconds more to compile it.
+
+  Args:
+    lowered: one step or some.
+    steps: how many steps the program will take in all.
+
+  Returns:
+    The compiled program.
+  """
+  if jax.default_backend() == 'cpu' and steps >= 50:
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # not in this XLA
+      return lowered.compile({'xla_cpu_experimental_ynn_fusion_type': ''})
+  return lowered.compile()
+
+
 def compile_steps(
   merger: dj.Merger,
   base: dj.tree.Raveled,
@@ -89,7 +111,8 @@ def compile_steps(
   indices = jax.ShapeDtypeStruct(shape, jnp.int32)
   begin = time.perf_counter()
   steps = dj.scan_steps(merger, pipeline.gather)
-  run = steps.lower(state, base, experts, _read(plan, data), indices).compile()
+  lowered = steps.lower(state, base, experts, _read(plan, data), indices)
+  run = compile_lowered(lowered, plan.steps)
   return Program(run, chunk, time.perf_counter() - begin)
 
 
