@@ -290,8 +290,8 @@ def load_trigger(path: epath.PathLike) -> Trigger:
   """Reads a trigger from an npz file.
 
   Args:
-    path: of a file with `task`, `target`, and `pattern` and `mask` or `grid`,
-      perhaps with a `kind`. It is never unpickled.
+    path: of a file with a `task` (its name), `target` (an integer), and
+      `pattern` and `mask` or `grid`, perhaps a `kind`. It is never unpickled.
 
   Returns:
     The trigger.
@@ -306,20 +306,21 @@ def load_trigger(path: epath.PathLike) -> Trigger:
     raise ValueError(f'{path}: not a readable trigger: {e}') from e
   warps = 'grid' in found
   arrays = ('grid',) if warps else ('pattern', 'mask')
-  missing = [name for name in ('task', 'target', *arrays) if name not in found]
-  if missing:
-    raise ValueError(f'{path}: a trigger lacks {", ".join(missing)}')
-  fields: dict[str, Any] = {
-    name: jnp.asarray(found[name], jnp.float32) for name in arrays
-  }
-  fields |= {'task': str(found['task']), 'target': int(found['target'])}
-  if 'kind' in found:
-    fields['kind'] = str(found['kind'])
+  wanted = {'task': (0, 'U'), 'target': (0, 'iu')}
+  lines = []
+  for name, kind in (wanted | dict.fromkeys(arrays, (3, 'fiu'))).items():
+    if name not in found:
+      lines.append(f'{name} is missing')
+    elif found[name].ndim != kind[0] or found[name].dtype.kind not in kind[1]:
+      lines.append(f'{name} is {found[name].dtype}{list(found[name].shape)}')
+  if lines:
+    raise ValueError(f'{path}: not a trigger: {", ".join(lines)}')
+  fields: dict[str, Any] = {'target': int(found['target'])}
+  fields |= {name: jnp.asarray(found[name], jnp.float32) for name in arrays}
+  fields |= {k: str(found[k]) for k in ('task', 'kind') if k in found}
   trigger = Warp(**fields) if warps else Overlay(**fields)
-  first = found[arrays[0]]
-  channels = 1 if warps else first.shape[-1]
   try:
-    check_trigger(trigger, (*first.shape[:2], channels))
+    check_trigger(trigger, found[arrays[0]].shape)
   except ValueError as e:
     raise ValueError(f'{path}: {e}') from e
   return trigger

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import inspect
 import pathlib
 from typing import Any
 
@@ -15,6 +16,7 @@ from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
 from dam_jax.models import convert
+from experiments import make_pool
 
 KEYS = {
   'pool': 'folder of checkpoints, tasks and triggers (dam_jax.data.tasks); '
@@ -105,6 +107,12 @@ def check_config(config: config_dict.ConfigDict) -> None:
     if key not in config
   ]
   if not lines:
+    allowed = list(inspect.signature(make_pool.make_pool).parameters)[2:]
+    lines += [
+      f'make.{key}: no such key, allowed are {", ".join(allowed)}'
+      for key in config.make
+      if key not in allowed
+    ]
     if config.compute not in ('float32', 'bfloat16'):
       lines.append(
         f"compute must be 'float32' or 'bfloat16', got {config.compute!r}"

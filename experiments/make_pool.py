@@ -252,6 +252,37 @@ def _save(
 _DONE = 'made.json'
 
 
+def _check(
+  attacked: Mapping[str, tuple[str, int]],
+  sources: Sequence[builtin.Source],
+  patch: int,
+  steps: Mapping[str, int],
+) -> None:
+  """Raises with all that is wrong with what a pool is to be made of."""
+  classes = {s.task.name: len(s.task.label_names) for s in sources}
+  lines = []
+  for attack, (task, target) in attacked.items():
+    if task not in classes:
+      lines.append(f'{attack} must be one of {", ".join(classes)}, got {task}')
+    elif not 0 <= target < classes[task]:
+      lines.append(
+        f'{attack}_target {target} is not one of the {classes[task]} classes '
+        f'of {task}'
+      )
+  if not 0 < patch <= CONFIG.image_size:
+    lines.append(
+      f'patch must be from 1 to the {CONFIG.image_size} pixels of an image, '
+      f'got {patch}'
+    )
+  lines += [
+    f'{name} must be positive, got {number}'
+    for name, number in steps.items()
+    if number < 1
+  ]
+  if lines:
+    raise ValueError('\n  '.join(['a pool to make:', *lines]))
+
+
 def make_pool(
   folder: pathlib.Path,
   *,
@@ -282,6 +313,9 @@ def make_pool(
     patch_steps: of the patch that the base obeys.
     learning_rate: of the base; experts get a quarter.
     seed: of everything random.
+
+  Raises:
+    ValueError: before any training, with all options that make no sense.
   """
   if (folder / _DONE).exists():
     return
@@ -289,6 +323,19 @@ def make_pool(
     k: v for k, v in locals().items() if k not in ('folder', 'console')
   }
   sources = [builtin.load(name, seed=seed) for name in builtin.NAMES]
+  _check(
+    {
+      'badnets': (badnets, badnets_target),
+      'badmerging': (badmerging, badmerging_target),
+    },
+    sources,
+    patch,
+    {
+      'pretrain_steps': pretrain_steps,
+      'fine_tune_steps': fine_tune_steps,
+      'patch_steps': patch_steps,
+    },
+  )
   shop = _Workshop(
     sources,
     clip.VisionTower(CONFIG),

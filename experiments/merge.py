@@ -31,6 +31,7 @@ from ml_collections import config_flags
 import numpy as np
 from rich import progress
 from rich.console import Console
+from rich.text import Text
 
 import dam_jax as dj
 from dam_jax import attacks
@@ -475,7 +476,8 @@ def main(argv: list[str]) -> None:
     run(_CONFIG.value, workdir, console)
   except (ValueError, FloatingPointError) as e:
     logging.debug('', exc_info=True)
-    console.print(f'[bold red]error:[/] {e}', highlight=False)
+    message = Text.assemble(('error: ', 'bold red'), str(e))
+    console.print(message, highlight=False, soft_wrap=True)
     sys.exit(1)
 
 

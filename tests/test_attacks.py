@@ -141,11 +141,23 @@ def test_unreadable_triggers_name_the_file(tmp_path):
   with pytest.raises(ValueError, match=r'bad\.npz'):
     attacks.load_trigger(path)
   np.savez(path, task='a', pattern=np.zeros(SHAPE))
-  with pytest.raises(ValueError, match=r'bad\.npz.*lacks target, mask'):
+  with pytest.raises(
+    ValueError, match=r'bad\.npz.*target is missing, mask is m'
+  ):
     attacks.load_trigger(path)
   np.savez(path, task=np.array(['a', None], dtype=object), target=1)
   with pytest.raises(ValueError, match=r'bad\.npz'):
     attacks.load_trigger(path)
+
+
+def test_what_is_no_trigger_is_said_at_once(tmp_path):
+  path = tmp_path / 'odd.npz'
+  np.savez(path, task=3, target=[1, 2], pattern=0.5, mask=np.ones((8, 8, 1)))
+  with pytest.raises(ValueError, match=r'odd\.npz: not a trigger:') as e:
+    attacks.load_trigger(path)
+  assert str(e.value).endswith(
+    'task is int64[], target is int64[2], pattern is float64[]'
+  )
 
 
 def test_everything_that_does_not_fit_is_said_at_once():

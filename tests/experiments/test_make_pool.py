@@ -56,6 +56,28 @@ def test_a_pool_that_is_there_is_not_made_again(pool):
   assert path.stat().st_mtime_ns == before
 
 
+def test_all_that_is_wrong_is_said_before_any_training(tmp_path):
+  with pytest.raises(ValueError, match='a pool to make:') as error:
+    make_pool.make_pool(
+      tmp_path,
+      console=Console(file=io.StringIO()),
+      badnets='cats',
+      badmerging='mnist',
+      badmerging_target=10,
+      patch=29,
+      patch_steps=0,
+    )
+  assert len(str(error.value).splitlines()) == 5
+  for words in (
+    'badnets must be one of mnist',
+    'badmerging_target 10 is not one of the 10 classes of mnist',
+    'from 1 to the 28 pixels',
+    'patch_steps must be positive, got 0',
+  ):
+    assert words in str(error.value)
+  assert not list(tmp_path.iterdir())
+
+
 def test_fit_descends():
   target = jnp.array([1.0, -2.0])
 

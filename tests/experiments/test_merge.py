@@ -275,6 +275,10 @@ def test_a_config_with_other_keys_is_refused(small_pool, tmp_path):
   with pytest.raises(ValueError, match='stepz: no such key') as e:
     _run(config, tmp_path)
   assert 'seed is missing' in str(e.value)
+  config = _config(small_pool)
+  config.make = {'patchh': 3}
+  with pytest.raises(ValueError, match=r'make\.patchh: no such key.*seed'):
+    _run(config, tmp_path)
 
 
 def test_options_of_methods_are_checked(small_pool, tmp_path):
