@@ -75,7 +75,7 @@ def compile_lowered(
   Returns:
     The compiled program.
   """
-  if jax.default_backend() == 'cpu' and steps >= 50:
+  if jax.default_backend() == 'cpu' and steps > 20:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # not in this XLA
       return lowered.compile({'xla_cpu_experimental_ynn_fusion_type': ''})
   return lowered.compile()
