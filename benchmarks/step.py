@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from configs import pool
 import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.models import clip
@@ -39,6 +40,7 @@ CONFIG = clip.VisionConfig(
   projection_dim=384,
 )
 EXPERTS, BATCH, CLASSES = 6, 16, 100
+OPTIONS = pool.get_config().compiler_options
 
 
 def _seconds(fn, repeats):
@@ -99,7 +101,7 @@ def measure(name, repeats, base, experts, logits):
   batch = _batch(merger.plan.phases, chosen['batch'])
   begin = time.perf_counter()
   lowered = jax.jit(merger.step).lower(state, base, experts, batch)
-  step = learn.compile_lowered(lowered, merger.plan.steps)
+  step = learn.compile_lowered(lowered, OPTIONS)
   compiled = time.perf_counter() - begin
   jax.block_until_ready(step(state, base, experts, batch))
   seconds = _seconds(lambda: step(state, base, experts, batch), repeats)
@@ -120,7 +122,7 @@ def main(argv):
     )
 
   params = base.unravel()
-  plain = learn.compile_lowered(plain.lower(params), 1000)
+  plain = learn.compile_lowered(plain.lower(params), OPTIONS)
   jax.block_until_ready(plain(params))
   one = _seconds(lambda: plain(params), _REPEATS.value)
   table = Table('method', 'compile, s', 'step, s', 'passes')

@@ -61,6 +61,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.batch = 16
   c.compute = 'float32'
   c.scan_layers = False
+  c.compiler_options = config_dict.ConfigDict()
   c.dev = 0
   c.test = 40 if local else 0
   c.report_on = 'test'

@@ -1,12 +1,12 @@
 """Runs a learned merge: many steps a dispatch, watched and resumable."""
 
-from collections.abc import Callable, Sequence
-import contextlib
+from collections.abc import Callable, Mapping, Sequence
 import pathlib
 import shutil
 import time
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,24 +61,24 @@ class Program(NamedTuple):
 
 
 def compile_lowered(
-  lowered: jax.stages.Lowered, steps: int
+  lowered: jax.stages.Lowered, options: Mapping[str, Any]
 ) -> jax.stages.Compiled:
-  """Compiles steps for as many as will be taken.
-
-  On a CPU, XLA without YNNPACK takes 4 to 17 % less time a step of the pool's
-  tower, and 6 to 9 seconds more to compile it.
+  """Compiles a program, without options where this XLA lacks one of them.
 
   Args:
-    lowered: one step or some.
-    steps: how many steps the program will take in all.
+    lowered: the program.
+    options: of XLA, by name.
 
   Returns:
     The compiled program.
   """
-  if jax.default_backend() == 'cpu' and steps > 20:
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # not in this XLA
-      return lowered.compile({'xla_cpu_experimental_ynn_fusion_type': ''})
-  return lowered.compile()
+  try:
+    return lowered.compile(dict(options))
+  except jax.errors.JaxRuntimeError as e:
+    if 'No such compile option' not in str(e):
+      raise
+    logging.warning('compiled without options: %s', e)
+    return lowered.compile()
 
 
 def compile_steps(
@@ -88,6 +88,7 @@ def compile_steps(
   *,
   data: pipeline.Unlabelled,
   batch: int,
+  compiler_options: Mapping[str, Any],
   max_chunk: int = 10,
 ) -> Program:
   """Compiles a merger's steps, without running any.
@@ -98,6 +99,7 @@ def compile_steps(
     experts: stacked `[K, ...]`, raveled.
     data: unlabelled images, with references where the merger reads them.
     batch: images a task and draw.
+    compiler_options: of XLA, by name.
     max_chunk: steps under one dispatch, fewer where they do not divide all:
       few enough that progress shows.
 
@@ -112,7 +114,7 @@ def compile_steps(
   begin = time.perf_counter()
   steps = dj.scan_steps(merger, pipeline.gather)
   lowered = steps.lower(state, base, experts, _read(plan, data), indices)
-  run = compile_lowered(lowered, plan.steps)
+  run = compile_lowered(lowered, compiler_options)
   return Program(run, chunk, time.perf_counter() - begin)
 
 

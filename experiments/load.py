@@ -34,6 +34,8 @@ KEYS = {
   'batch': 'images a task and draw',
   'compute': "'float32' or 'bfloat16'; state and weights are float32",
   'scan_layers': 'loop over the blocks of the tower: compiles faster',
+  'compiler_options': 'of XLA, by name, for the steps of learned methods; left '
+  'out where this XLA lacks one',
   'dev': 'dev images a task to adapt on; 0 is all',
   'test': 'test images a task to report on; 0 is all',
   'report_on': "'test', or 'dev' to choose options by, where no test image is "

@@ -166,6 +166,7 @@ class Run:
           *self.raveled,
           data=self.data,
           batch=self.options[name]['batch'],
+          compiler_options=self.config.compiler_options,
         )
 
   def merge(self, name: str, advance: Advance) -> tuple[Any, dict[str, float]]:

@@ -34,6 +34,7 @@ def _config(folder, **changes):
       'test_batch': 12,
       'transfer_test': 6,
       'scan_layers': False,
+      'compiler_options': {},
     }
   )
   config.options.dam_robust.warmup_ascents = 4
@@ -163,7 +164,12 @@ def test_an_interrupted_merge_ends_where_an_unbroken_one_does(
   this = merge.Run(config, setup, tmp_path / 'whole')
   merger = this.mergers['dam_robust']
   program = learn.compile_steps(
-    merger, *this.raveled, data=this.data, batch=4, max_chunk=3
+    merger,
+    *this.raveled,
+    data=this.data,
+    batch=4,
+    compiler_options={},
+    max_chunk=3,
   )
 
   def run(folder, **options):
@@ -304,6 +310,15 @@ def test_options_of_methods_are_checked(small_pool, tmp_path):
     r'options\.dam_pape: no such method',
   ):
     assert re.search(line, str(e.value))
+
+
+@pytest.mark.parametrize(
+  'options',
+  [{}, {'xla_no_such_option': 1}, pool_config.get_config().compiler_options],
+)
+def test_options_that_xla_lacks_are_left_out(options):
+  lowered = jax.jit(lambda x: x + 1).lower(1.0)
+  assert learn.compile_lowered(lowered, options)(1.0) == 2
 
 
 def test_quirks_and_masks_can_be_set_one_by_one():
