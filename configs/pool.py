@@ -15,11 +15,11 @@ command was not run on the whole split yet:
   2   | 70.3, 89.5 / 90.5                  | 66.2, 71.6 / 56.5
   4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
 
-With 4 bad, 300 steps and 500 test images a task, on 2 cores:
+With 4 bad, 300 steps and 300 test images a task, on 2 cores:
 
-  task_arithmetic                   | 70.2, 93.3 / 93.7 / 100.0 / 99.1
-  dam_robust                        | 74.1, 3.2 / 25.5 / 10.9 / 4.6
-  the triggers on a clean merge     | 70.9, 3.8 / 0.0 / 42.0 / 34.3
+  task_arithmetic                   | 70.7, 93.2 / 95.6 / 100.0 / 99.3
+  dam_robust                        | 74.2, 4.1 / 26.5 / 11.5 / 3.7
+  the triggers on a clean merge     | 70.8, 4.1 / 0.0 / 40.3 / 33.2
 
 gtsrb keeps a part of its backdoor. With patches that start on the merged model,
 two a task, it kept 45: there they never meet that trigger; on the expert alone
