@@ -253,15 +253,13 @@ _DONE = 'made.json'
 
 
 def _check(
-  attacked: Mapping[str, tuple[str, int]],
-  sources: Sequence[builtin.Source],
-  patch: int,
-  steps: Mapping[str, int],
+  options: Mapping[str, Any], sources: Sequence[builtin.Source]
 ) -> None:
   """Raises with all that is wrong with what a pool is to be made of."""
   classes = {s.task.name: len(s.task.label_names) for s in sources}
   lines = []
-  for attack, (task, target) in attacked.items():
+  for attack in ('badnets', 'badmerging'):
+    task, target = options[attack], options[f'{attack}_target']
     if task not in classes:
       lines.append(f'{attack} must be one of {", ".join(classes)}, got {task}')
     elif not 0 <= target < classes[task]:
@@ -269,15 +267,15 @@ def _check(
         f'{attack}_target {target} is not one of the {classes[task]} classes '
         f'of {task}'
       )
-  if not 0 < patch <= CONFIG.image_size:
+  if not 0 < options['patch'] <= CONFIG.image_size:
     lines.append(
       f'patch must be from 1 to the {CONFIG.image_size} pixels of an image, '
-      f'got {patch}'
+      f'got {options["patch"]}'
     )
   lines += [
     f'{name} must be positive, got {number}'
-    for name, number in steps.items()
-    if number < 1
+    for name, number in options.items()
+    if name.endswith('_steps') and number < 1
   ]
   if lines:
     raise ValueError('\n  '.join(['a pool to make:', *lines]))
@@ -323,19 +321,7 @@ def make_pool(
     k: v for k, v in locals().items() if k not in ('folder', 'console')
   }
   sources = [builtin.load(name, seed=seed) for name in builtin.NAMES]
-  _check(
-    {
-      'badnets': (badnets, badnets_target),
-      'badmerging': (badmerging, badmerging_target),
-    },
-    sources,
-    patch,
-    {
-      'pretrain_steps': pretrain_steps,
-      'fine_tune_steps': fine_tune_steps,
-      'patch_steps': patch_steps,
-    },
-  )
+  _check(options, sources)
   shop = _Workshop(
     sources,
     clip.VisionTower(CONFIG),
