@@ -338,7 +338,7 @@ def save_trigger(path: epath.PathLike, trigger: Trigger) -> None:
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.tmp')
   with temporary.open('wb') as file:
-    np.savez_compressed(file, allow_pickle=False, **arrays)
+    np.savez_compressed(file, **arrays)
   temporary.replace(path)
 
 

@@ -210,7 +210,7 @@ class _Saves:
     old = self._steps()
     path = self.folder / f'{step}.npz'
     with checkpoint.replacing(path) as temporary, temporary.open('wb') as file:
-      np.savez(file, allow_pickle=False, **metrics)
+      np.savez(file, **metrics)
     checkpoint.save_state(self.folder / str(step), state)
     for earlier in old:
       if earlier != step:
