@@ -9,6 +9,8 @@ from dam_jax import aggregators
 from dam_jax import losses
 from dam_jax import masks
 from dam_jax import perturbations
+from dam_jax import selection
+from dam_jax import streaming
 from dam_jax import transforms
 from dam_jax import tree
 from dam_jax import typing
@@ -64,7 +66,9 @@ __all__ = [
   'repo_sau',
   'scale_tasks',
   'scan_steps',
+  'selection',
   'slerp',
+  'streaming',
   'task_arithmetic',
   'ties',
   'transforms',

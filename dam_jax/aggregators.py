@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
+from dam_jax import selection
 from dam_jax import transforms
 from dam_jax import tree
 
@@ -24,6 +25,11 @@ MERGES = ('mean', 'sum', 'max')
 
 def _sum(terms: jax.Array | Sequence[jax.Array]) -> jax.Array:
   return functools.reduce(jnp.add, terms)
+
+
+def _balance(sign: jax.Array) -> jax.Array:
+  """Counts how many more entries of `[P]` are positive than negative."""
+  return jnp.sum(sign.astype(jnp.int32))
 
 
 def mean() -> optax.GradientTransformation:
@@ -80,20 +86,29 @@ def weighted_sum(
 
 
 def elect_mean(
-  merge: str = 'mean', *, weights: ArrayLike | Sequence[float] = 1.0
+  merge: str = 'mean',
+  *,
+  weights: ArrayLike | Sequence[float] = 1.0,
+  scale: ArrayLike = 1.0,
+  reading: str = 'paper',
 ) -> optax.GradientTransformation:
   """Elects a sign for each entry and merges the entries that have it.
 
   The sign is that of `sum_t tau_t`; where that is zero, the sign that most
-  entries of the whole model have.
+  entries of the whole model have. mergekit weighs the task vectors before the
+  election, takes + where the sum is zero, and divides by the sum of the weights
+  that agree.
 
   Args:
     merge: 'mean' of the entries that are not zero, 'sum', or 'max' by
       magnitude.
     weights: `[K]`, or one for all, applied after the election; may be traced.
+    scale: of the result; may be traced.
+    reading: the 'paper' or 'mergekit'.
 
   Returns:
-    The transformation.
+    The transformation. Its update takes `sum_parts`, a
+    `dam_jax.selection.SumParts`, where `updates` are a part of the model.
 
   Raises:
     ValueError: where merge is none of those; at update, where the number of
@@ -110,17 +125,27 @@ def elect_mean(
   """
   if merge not in MERGES:
     raise ValueError(f'merge must be one of {MERGES}, got {merge!r}')
+  transforms.check_reading(reading)
 
-  def elect_fn(updates, params=None):
-    del params
+  def update_fn(
+    updates, state, params=None, *, sum_parts=selection.whole, **extra_args
+  ):
+    del params, extra_args
     transforms.check_weights(weights, updates)
     flat = tree.ravel(updates, leading=1)
     tau = flat.vector
     w = jnp.broadcast_to(jnp.asarray(weights, tau.dtype), tau.shape[:1])
-    sign = jnp.sign(_sum(tau))
-    sign = jnp.where(sign == 0, jnp.sign(jnp.sum(sign)), sign)
-    agree = [jnp.where(sign > 0, t > 0, t < 0) for t in tau]
-    kept = [jnp.where(a, w[k] * tau[k], 0) for k, a in enumerate(agree)]
+    weighted = [w[k] * t for k, t in enumerate(tau)]
+    if reading == 'paper':
+      voters, voices = tau, jnp.ones_like(w)
+      sign = jnp.sign(_sum(tau))
+      majority = sum_parts(_balance(sign), jnp.sign)
+      sign = jnp.where(sign == 0, majority.astype(sign.dtype), sign)
+    else:
+      voters, voices = weighted, w
+      sign = jnp.where(_sum(weighted) >= 0, 1, -1)
+    agree = [jnp.where(sign > 0, t > 0, t < 0) for t in voters]
+    kept = [jnp.where(a, x, 0) for a, x in zip(agree, weighted, strict=True)]
     if merge == 'max':
       merged = functools.reduce(
         lambda a, b: jnp.where(jnp.abs(a) >= jnp.abs(b), a, b), kept
@@ -128,11 +153,15 @@ def elect_mean(
     else:
       merged = _sum(kept)
     if merge == 'mean':
-      merged /= jnp.maximum(_sum([a.astype(tau.dtype) for a in agree]), 1)
+      share = _sum([jnp.where(a, voices[k], 0) for k, a in enumerate(agree)])
+      merged /= jnp.where(share == 0, 1, share)
+    merged = merged * jnp.asarray(scale, merged.dtype)
     rest = tuple(x[0] for x in flat.rest)
-    return tree.Raveled(merged, rest, flat.layout).unravel()
+    return tree.Raveled(merged, rest, flat.layout).unravel(), state
 
-  return optax.stateless(elect_fn)
+  return optax.GradientTransformationExtraArgs(
+    optax.init_empty_state, update_fn
+  )
 
 
 def slerp(

@@ -333,7 +333,7 @@ def save_trigger(path: epath.PathLike, trigger: Trigger) -> None:
     path: of the file.
     trigger: what `load_trigger` is to give back.
   """
-  arrays = {name: np.asarray(value) for name, value in vars(trigger).items()}
+  arrays: dict[str, Any] = {k: np.asarray(x) for k, x in vars(trigger).items()}
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = path.with_name(f'.{path.name}.tmp')

@@ -26,6 +26,11 @@ from dam_jax import tree
 from dam_jax.typing import Batch, Metrics, Params
 
 
+def is_concrete(x: Any) -> bool:
+  """Whether a hyper-parameter's value can be looked at, outside of tracing."""
+  return not isinstance(x, jax.core.Tracer)
+
+
 class MergeResult(NamedTuple):
   """What a merge returns.
 
@@ -133,6 +138,8 @@ def chain(
   tx = optax.chain(*transforms)
 
   def update_fn(updates, state, params=None, **extra_args):
+    # Functions, such as `sum_parts`, do not change shapes.
+    arrays = {k: x for k, x in extra_args.items() if not callable(x)}
     shaped = updates
     for i, (link, s) in enumerate(zip(transforms[:-1], state, strict=False)):
       link = optax.with_extra_args_support(link)
@@ -141,7 +148,7 @@ def chain(
         shaped,
         s,
         params,
-        extra_args,
+        arrays,
       )
       lines = tree.differences(updates, shaped, dtypes=False)
       if lines:

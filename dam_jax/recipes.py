@@ -23,10 +23,11 @@ import optax
 from dam_jax import aggregators
 from dam_jax import transforms
 from dam_jax.base import chain
+from dam_jax.base import is_concrete
 
 
 def _finite(name: str, value: Any) -> None:
-  if transforms.is_concrete(value) and not np.isfinite(float(value)):
+  if is_concrete(value) and not np.isfinite(float(value)):
     raise ValueError(f'{name} must be finite, got {value}')
 
 
@@ -86,7 +87,9 @@ def weighted_average(
   excess = float(total - 1)
 
   def leaf_fn(x, p):
-    return x + excess * p if jnp.issubdtype(x.dtype, jnp.floating) else x
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    return x + excess * p.astype(x.dtype)
 
   def sum_fn(updates, params=None):
     # sum_t w_t (theta_0 + tau_t) is theta_0 plus this.
@@ -126,7 +129,9 @@ def ties(
   scale: ArrayLike = 1.0,
   *,
   merge: str = 'mean',
-  scope: str = 'model',
+  scope: str | None = None,
+  weights: Sequence[float] | None = None,
+  reading: str = 'paper',
 ) -> optax.GradientTransformation:
   """TIES: trim task vectors, elect signs, merge the entries that agree.
 
@@ -136,7 +141,11 @@ def ties(
     merge: 'mean' of the entries that agree, 'sum' (FusionBench, which wants a
       scale of about 0.3) or 'max'.
     scope: rank entries over the whole 'model' (paper, FusionBench) or over
-      each 'leaf' (mergekit).
+      each 'leaf' (mergekit); None as the reading has it.
+    weights: `[K]`, of the task vectors.
+    reading: the 'paper' or 'mergekit', which differ in how many entries are
+      kept (see `dam_jax.transforms.trim`) and in what weighs and breaks a tie
+      in the election (see `dam_jax.aggregators.elect_mean`).
 
   Returns:
     The transformation.
@@ -155,9 +164,16 @@ def ties(
     <https://arxiv.org/abs/2306.01708>`_, 2023
   """
   _finite('scale', scale)
+  if scope is None:
+    scope = 'leaf' if reading == 'mergekit' else 'model'
   return chain(
-    transforms.trim(density, scope=scope),
-    aggregators.elect_mean(merge, weights=scale),
+    transforms.trim(density, scope=scope, reading=reading),
+    aggregators.elect_mean(
+      merge,
+      weights=1.0 if weights is None else weights,
+      scale=scale,
+      reading=reading,
+    ),
   )
 
 
@@ -165,7 +181,7 @@ def dare(
   rate: ArrayLike = 0.5,
   scale: ArrayLike = 0.3,
   *,
-  rescale: bool = True,
+  rescale: bool | str = True,
   seed: int = 0,
   then: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
@@ -174,7 +190,8 @@ def dare(
   Args:
     rate: probability that an entry is dropped, in [0, 1).
     scale: of the sum that follows.
-    rescale: divide what is kept by the probability to keep it.
+    rescale: divide what is kept by the probability to keep it; 'mergekit'
+      keeps each leaf's sum of magnitudes instead.
     seed: of the draws.
     then: what merges the task vectors in place of the sum, such as `ties()` or
       `average()`.

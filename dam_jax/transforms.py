@@ -12,23 +12,19 @@ Each is an optax `GradientTransformation` on a pytree with leaves
 """
 
 from collections.abc import Callable, Sequence
-import math
 from typing import Any, NamedTuple
+import zlib
 
 import jax
-from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 import optax
 
+from dam_jax import selection
 from dam_jax import tree
+from dam_jax.base import is_concrete
 from dam_jax.typing import Deltas
-
-
-def is_concrete(x: Any) -> bool:
-  """Whether a hyper-parameter's value can be looked at, outside of tracing."""
-  return not isinstance(x, jax.core.Tracer)
 
 
 def _share(name: str, value: ArrayLike, *, zero: bool, one: bool) -> None:
@@ -42,55 +38,42 @@ def _share(name: str, value: ArrayLike, *, zero: bool, one: bool) -> None:
     raise ValueError(f'{name} must be in {left}0, 1{right}, got {number}')
 
 
-def _ranked(magnitude: jax.Array, rank: ArrayLike) -> jax.Array:
-  """Returns what a sort of `[..., P]` would have at a rank, counted from 1.
-
-  Floats that are not negative are ordered as their bits, so each pass over them
-  settles one bit. On a CPU that takes a sixteenth of a sort's time.
-  """
-  bits = magnitude.dtype.itemsize * 8
-  words = lax.bitcast_convert_type(magnitude, jnp.dtype(f'uint{bits}'))
-
-  def settle(i, found):
-    # The sign is zero: the first bit to settle is the one after it.
-    larger = found | (one << (bits - 2 - i).astype(one.dtype))
-    below = jnp.sum(words < larger[..., None], axis=-1)
-    return jnp.where(below < rank, larger, found)
-
-  found, one = jnp.zeros_like(words[..., 0]), jnp.ones((), words.dtype)
-  return lax.bitcast_convert_type(
-    lax.fori_loop(0, bits - 1, settle, found), magnitude.dtype
-  )
-
-
-def _keep_largest(vector: jax.Array, density: ArrayLike) -> jax.Array:
+def _keep_largest(vector: jax.Array, density: ArrayLike, **how) -> jax.Array:
   """Zeroes all but the top entries of `[..., P]` by magnitude."""
-  size = vector.shape[-1]
   magnitude = jnp.abs(vector)
-  if is_concrete(density):
-    rank = size - math.floor(np.asarray(density).item() * size)
-  else:
-    rank = size - jnp.floor(density * size).astype(jnp.int32)
-  threshold = _ranked(magnitude, jnp.maximum(rank, 1))[..., None]
-  return jnp.where(magnitude >= threshold, vector, 0)
+  least = selection.threshold(magnitude, density, **how)
+  return jnp.where(magnitude >= least[..., None], vector, 0)
+
+
+READINGS = ('paper', 'mergekit')
+"""Whose reading of a method where the paper and a tool differ."""
+
+
+def check_reading(reading: str) -> None:
+  """Raises unless a reading is one of `READINGS`."""
+  if reading not in READINGS:
+    raise ValueError(f'reading must be one of {READINGS}, got {reading!r}')
 
 
 def trim(
-  density: ArrayLike, *, scope: str = 'model'
+  density: ArrayLike, *, scope: str = 'model', reading: str = 'paper'
 ) -> optax.GradientTransformation:
   """Keeps each task vector's largest entries by magnitude, zeroes the others.
 
   The threshold is the entry of rank `P - floor(density P)` in ascending order,
   and what equals it is kept, as in the code of TIES: one entry more than
-  `floor(density P)` where magnitudes differ.
+  `floor(density P)` where magnitudes differ. mergekit keeps
+  `max(1, floor(density P))`.
 
   Args:
     density: share of entries to keep, in (0, 1]; may be traced.
     scope: 'model' ranks the entries of all leaves together (paper,
       FusionBench), 'leaf' those of each leaf (mergekit).
+    reading: how many to keep, as the 'paper' or as 'mergekit' has it.
 
   Returns:
-    The transformation.
+    The transformation. Its update takes `sum_parts`, a
+    `dam_jax.selection.SumParts`, where `updates` are a part of the model.
 
   Raises:
     ValueError: where density or scope is none of those.
@@ -102,19 +85,44 @@ def trim(
   _share('density', density, zero=False, one=True)
   if scope not in ('model', 'leaf'):
     raise ValueError(f"scope must be 'model' or 'leaf', got {scope!r}")
+  check_reading(reading)
+  more = 1 if reading == 'paper' else 0
 
   def leaf_fn(x):
     flat = x.reshape(x.shape[0], -1)
-    return _keep_largest(flat, density).reshape(x.shape)
+    return _keep_largest(flat, density, more=more).reshape(x.shape)
 
-  def trim_fn(updates, params=None):
-    del params
+  def update_fn(
+    updates, state, params=None, *, sum_parts=selection.whole, **extra_args
+  ):
+    del params, extra_args
     if scope == 'leaf':
-      return jax.tree.map(leaf_fn, updates)
+      return jax.tree.map(leaf_fn, updates), state
     flat = tree.ravel(updates, leading=1)
-    return flat.unravel(_keep_largest(flat.vector, density))
+    kept = _keep_largest(flat.vector, density, more=more, sum_parts=sum_parts)
+    return flat.unravel(kept), state
 
-  return optax.stateless(trim_fn)
+  return optax.GradientTransformationExtraArgs(
+    optax.init_empty_state, update_fn
+  )
+
+
+def keep_sum(kept: jax.Array, x: jax.Array) -> jax.Array:
+  """Scales each task's leaf to the sum of magnitudes that it had.
+
+  As mergekit rescales: what nearly vanishes is left as it is.
+
+  Args:
+    kept: `[K, ...]`, `x` with some entries dropped.
+    x: `[K, ...]`.
+
+  Returns:
+    `[K, ...]`.
+  """
+  axes = tuple(range(1, x.ndim))
+  want, got = (jnp.sum(jnp.abs(y), axis=axes, keepdims=True) for y in (x, kept))
+  small = (want < 1e-7) | (got < 1e-7)
+  return kept * jnp.where(small, 1, want / jnp.where(small, 1, got))
 
 
 class DropState(NamedTuple):
@@ -127,6 +135,28 @@ class DropState(NamedTuple):
   key: jax.Array
 
 
+def leaf_keys(key: jax.Array, updates: Deltas, salt: ArrayLike = 0) -> Any:
+  """Derives a key for each leaf from its path.
+
+  So that a leaf's draws are the same whether its model is merged as a whole or
+  leaf by leaf.
+
+  Args:
+    key: of all draws.
+    updates: any pytree.
+    salt: what to fold in in place of a path that is empty: the CRC-32 of a
+      leaf's path where `updates` are that bare leaf.
+
+  Returns:
+    A pytree of keys like `updates`.
+  """
+  keys = [
+    jax.random.fold_in(key, zlib.crc32(name.encode()) if name else salt)
+    for name in tree.names(updates)
+  ]
+  return jax.tree.unflatten(jax.tree.structure(updates), keys)
+
+
 def _uniform(key: jax.Array, like: jax.Array) -> jax.Array:
   return jax.random.uniform(key, like.shape, jnp.float32)
 
@@ -134,7 +164,7 @@ def _uniform(key: jax.Array, like: jax.Array) -> jax.Array:
 def drop(
   rate: ArrayLike,
   *,
-  rescale: bool = True,
+  rescale: bool | str = True,
   seed: int = 0,
   uniform_fn: Callable[[jax.Array, jax.Array], jax.Array] = _uniform,
 ) -> optax.GradientTransformation:
@@ -142,41 +172,48 @@ def drop(
 
   Args:
     rate: probability that an entry is dropped, in [0, 1); may be traced.
-    rescale: divide what is kept by the probability to keep it.
+    rescale: divide what is kept by the probability to keep it; 'mergekit'
+      multiplies it until each leaf's sum of magnitudes is what it was.
     seed: of the draws.
     uniform_fn: `(key, leaf) -> U[0, 1)` like the leaf `[K, ...]`; an entry is
       kept where it exceeds the rate.
 
   Returns:
-    The transformation; its state is a `DropState`.
+    The transformation; its state is a `DropState`. Its update takes `salt`, as
+    `leaf_keys` does, where `updates` are one leaf of the model.
 
   Raises:
-    ValueError: where the rate is outside [0, 1).
+    ValueError: where the rate is outside [0, 1) or rescale is none of those.
 
   References:
     Yu et al., `Language Models are Super Mario: Absorbing Abilities from
     Homologous Models as a Free Lunch <https://arxiv.org/abs/2311.03099>`_, 2024
   """
   _share('rate', rate, zero=True, one=False)
+  if rescale not in (True, False, 'mergekit'):
+    raise ValueError(
+      f"rescale must be True, False or 'mergekit', got {rescale!r}"
+    )
 
   def init_fn(params):
     del params
     return DropState(jax.random.key(seed))
 
-  def update_fn(updates, state, params=None):
-    del params
+  def update_fn(updates, state, params=None, *, salt=0, **extra_args):
+    del params, extra_args
     key, draw = jax.random.split(state.key)
-    leaves, treedef = jax.tree.flatten(updates)
 
-    def leaf_fn(i, x):
-      kept = uniform_fn(jax.random.fold_in(draw, i), x) > rate
+    def leaf_fn(key, x):
+      kept = jnp.where(uniform_fn(key, x) > rate, x, 0)
+      if rescale == 'mergekit':
+        return keep_sum(kept, x)
       scale = jnp.asarray(1 / (1 - rate) if rescale else 1, x.dtype)
-      return jnp.where(kept, x * scale, 0)
+      return kept * scale
 
-    dropped = [leaf_fn(i, x) for i, x in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, dropped), DropState(key)
+    dropped = jax.tree.map(leaf_fn, leaf_keys(draw, updates, salt), updates)
+    return dropped, DropState(key)
 
-  return optax.GradientTransformation(init_fn, update_fn)
+  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def scale_tasks(

@@ -29,6 +29,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dam_jax.typing import Deltas, Params
@@ -226,7 +227,9 @@ def task_vectors(base: Params, experts: Params) -> Deltas:
     experts: stacked models, leaves `[K, *param_shape]`.
 
   Returns:
-    Leaves `[K, *param_shape]`; zero where a leaf is not floating point.
+    Leaves `[K, *param_shape]`, in float32 at least, which the difference of
+    two numbers of half precision needs; zero where a leaf is not floating
+    point.
 
   Raises:
     ValueError: where experts do not fit the base.
@@ -236,11 +239,14 @@ def task_vectors(base: Params, experts: Params) -> Deltas:
     <https://arxiv.org/abs/2212.04089>`_, 2023
   """
   check_stacked(base, experts)
-  return jax.tree.map(
-    lambda b, e: e - b[None] if _is_float(b) else jnp.zeros_like(e),
-    base,
-    experts,
-  )
+
+  def leaf_fn(b, e):
+    if not _is_float(b):
+      return jnp.zeros_like(e)
+    wide = np.promote_types(b.dtype, np.float32)
+    return e.astype(wide) - b.astype(wide)[None]
+
+  return jax.tree.map(leaf_fn, base, experts)
 
 
 def apply_delta(base: Params, delta: optax.Updates) -> Params:
@@ -262,7 +268,9 @@ def apply_delta(base: Params, delta: optax.Updates) -> Params:
       '\n  '.join(['the merged update does not fit the base:', *lines])
     )
   return jax.tree.map(
-    lambda b, d: (b + d).astype(b.dtype) if _is_float(b) else b, base, delta
+    lambda b, d: (b.astype(d.dtype) + d).astype(b.dtype) if _is_float(b) else b,
+    base,
+    delta,
   )
 
 

@@ -34,6 +34,19 @@ class Batch(NamedTuple):
   references: jax.Array | None = None
 
 
+class Source(Protocol):
+  """A model whose leaves are read one at a time."""
+
+  @property
+  def leaves(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of every leaf by path."""
+    ...
+
+  def read(self, path: str) -> Any:
+    """Returns a leaf's array; called from several threads at once."""
+    ...
+
+
 class LogitsFn(Protocol):
   """One forward pass of one model for the images of all tasks."""
 

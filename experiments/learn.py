@@ -205,7 +205,7 @@ class _Saves:
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
 
-  def save(self, step: int, state: Any, metrics: dict[str, np.ndarray]):
+  def save(self, step: int, state: Any, metrics: dict[str, Any]):
     """Writes the new state in full before it deletes the old one."""
     old = self._steps()
     path = self.folder / f'{step}.npz'

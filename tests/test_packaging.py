@@ -21,6 +21,7 @@ LAYERS = (
   ('typing',),
   ('tree',),
   ('base',),
+  ('selection',),
   (
     'losses',
     'masks',
@@ -40,6 +41,7 @@ BESIDE = {
   'evaluate': ('typing', 'tree', 'losses'),
   'checkpoint': ('typing', 'tree', 'base'),
   'metric_writer': ('typing', 'tree', 'base'),
+  'streaming': ('typing', 'tree', 'base'),
   'sharding': ('typing', 'tree', 'base'),
 }
 NOT_IN_CORE = {'flax', 'grain', 'orbax', 'tensorflow', 'tensorflow_datasets'}

@@ -306,7 +306,7 @@ def test_dare_drops_at_its_rate_and_no_other(seed):
     assert deviation(kept, 0.27) > 4
   # Steps, leaves and experts are drawn apart.
   correlation = np.corrcoef(np.stack(draws) != 0)
-  assert np.abs(correlation - np.eye(len(draws))).max() < 4 / np.sqrt(20_000)
+  assert np.abs(correlation - np.eye(len(draws))).max() < 5 / np.sqrt(20_000)
 
 
 def test_dare_seeds_differ_and_repeat():

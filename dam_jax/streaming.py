@@ -1,0 +1,355 @@
+"""Merges leaf by leaf, for models that are larger than memory.
+
+A transformation of task vectors is applied to one leaf after the other: what is
+held at a time is `K + 2` leaves a worker, and what it computed with them. The
+leaves may come from memory-mapped files, and each merged leaf is handed on as
+soon as it is there, so that reading, computing and writing overlap.
+
+  >>> import numpy as np
+  >>> import dam_jax as dj
+  >>> base = {'a': np.zeros(2, np.float32), 'b': np.ones(1, np.float32)}
+  >>> experts = [{k: x + t for k, x in base.items()} for t in (1, 2)]
+  >>> merged = dj.streaming.merge(dj.ties(density=0.5), base, experts)
+  >>> {k: x.tolist() for k, x in merged.items()}
+  {'a': [1.5, 1.5], 'b': [2.5]}
+
+What a transformation needs to know of the whole model (TIES: a threshold for
+each task vector, and the sign that most entries have) it asks for by
+`sum_parts`. Each such question costs one more pass over the leaves: the update
+is run up to the question, what it asks for is summed over all leaves, and the
+next pass runs with the answer. A merge by leaves is thus the merge as a whole,
+entry by entry. Everything is computed in float32.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+import concurrent.futures
+import functools
+import threading
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dam_jax import tree
+from dam_jax.typing import Params, Source
+
+Put = Callable[[str, Any], None]
+"""Takes a merged leaf by its path; called from several threads."""
+
+
+class _Asked(Exception):
+  """A transformation asks for a sum over the model that is not known yet."""
+
+  def __init__(self, part, finish, args):
+    self.part, self.finish, self.args = part, finish, args
+
+
+class _Answers:
+  """A `SumParts` that knows the answers to the first questions only."""
+
+  def __init__(self, known):
+    self._known = iter(known)
+
+  def __call__(self, part, finish, *args):
+    for answer in self._known:
+      return answer
+    raise _Asked(part, finish, args)
+
+
+def _is_float(struct: Any) -> bool:
+  return jnp.issubdtype(struct.dtype, jnp.floating)
+
+
+def differences(base: Source, expert: Source) -> list[str]:
+  """Lists what keeps an expert from being merged with a base.
+
+  Args:
+    base: the model that the expert was fine-tuned from.
+    expert: a model.
+
+  Returns:
+    One line a difference in names, in shapes, or between floating-point and
+    other dtypes; floating-point dtypes may differ.
+  """
+  lines = tree.differences(base.leaves, expert.leaves, dtypes=False)
+  for path, want in base.leaves.items():
+    got = expert.leaves.get(path, want)
+    if _is_float(got) != _is_float(want):
+      lines.append(f'{path}: got {got.dtype.name}, want {want.dtype.name}')
+  return lines
+
+
+def check(base: Source, experts: Mapping[str, Source]) -> None:
+  """Raises unless experts can be merged leaf by leaf.
+
+  Args:
+    base: the model that all experts were fine-tuned from.
+    experts: models by name.
+
+  Raises:
+    ValueError: with all differences of all experts, or leaves in float64.
+  """
+  if not experts:
+    raise ValueError('no experts: a merge needs at least one')
+  lines = [
+    f'  {name}: {line}'
+    for name, expert in experts.items()
+    for line in differences(base, expert)
+  ]
+  lines += [
+    f'  {name}: {path}: float64, but merges are computed in float32'
+    for name, model in {'base': base, **experts}.items()
+    for path, struct in model.leaves.items()
+    if struct.dtype == np.float64
+  ]
+  if lines:
+    raise ValueError('\n'.join(['experts differ from the base:', *lines]))
+
+
+def tied(base: Source, experts: Sequence[Source]) -> dict[str, str]:
+  """Finds leaves that are one parameter under several paths.
+
+  Random draws depend on a leaf's path, so tied leaves must be merged once.
+
+  Args:
+    base: a model.
+    experts: models like it.
+
+  Returns:
+    The first path by every other path of the same parameter: those of two axes
+    or more whose values agree bit for bit in the base and in each expert.
+  """
+  models = (base, *experts)
+  groups: dict[Any, list[str]] = {}
+  for path, struct in base.leaves.items():
+    if len(struct.shape) > 1 and _is_float(struct):
+      # Most leaves differ in their first row already.
+      first_row = np.asarray(base.read(path)[0]).tobytes()
+      key = (struct.shape, struct.dtype, first_row)
+      groups.setdefault(key, []).append(path)
+
+  def same(a, b):
+    return all(np.array_equal(m.read(a), m.read(b)) for m in models)
+
+  found: dict[str, str] = {}
+  for paths in groups.values():
+    for i, path in enumerate(paths):
+      firsts = [p for p in paths[:i] if p not in found]
+      first = next((p for p in firsts if same(p, path)), None)
+      if first is not None:
+        found[path] = first
+  return found
+
+
+def _update(tx, answers, salt, base, experts, *, on_question=None):
+  """Returns what the next question asks of a leaf, or the merged leaf."""
+  wide = base.astype(jnp.float32)
+  deltas = jnp.stack([x.astype(jnp.float32) - wide for x in experts])
+  try:
+    update, _ = tx.update(
+      deltas, tx.init(wide), wide, sum_parts=_Answers(answers), salt=salt
+    )
+  except _Asked as asked:
+    if on_question is not None:
+      on_question(asked.finish)
+    return {'part': asked.part, 'args': asked.args}
+  # A sum finds what is not finite many times faster than isfinite().all().
+  sums = [jnp.sum(x, dtype=jnp.float32) for x in (base, *experts)]
+  return {'merged': wide + update, 'finite': jnp.isfinite(jnp.stack(sums))}
+
+
+def merge_leaves(
+  tx: optax.GradientTransformation
+  | Mapping[str, optax.GradientTransformation | None],
+  base: Source,
+  experts: Mapping[str, Source],
+  put: Put,
+  *,
+  labels: Mapping[str, str] | None = None,
+  skip: Collection[str] = (),
+  workers: int = 2,
+  on_leaf: Callable[[str, int], None] | None = None,
+) -> None:
+  """Merges leaf by leaf.
+
+  Args:
+    tx: maps task vectors `[K, ...]` to one update; or one for each label, None
+      for leaves that are the base's bit for bit.
+    base: the model that all experts were fine-tuned from.
+    experts: models by name; their order is that of the task axis.
+    put: takes each merged leaf, in float32, by its path. Leaves that are not
+      floating point, and those labelled None, are the base's own.
+    labels: of leaves by path, as `dam_jax.tree.label_by_path` gives them; a
+      whole-model threshold is then one for each label, as in
+      `optax.partition`.
+    skip: paths that are not handed to `put`, such as those already written.
+    workers: how many leaves are under way at a time.
+    on_leaf: called with a leaf's path and the bytes read for it, each time that
+      it was read.
+
+  Raises:
+    ValueError: before a leaf is read, where experts do not fit the base (all
+      differences) or labels do not fit `tx`; after, where inputs are not finite
+      (all of them).
+  """
+  check(base, experts)
+  txs = tx if isinstance(tx, Mapping) else {'': tx}
+  labels = dict.fromkeys(base.leaves, '') if labels is None else labels
+  skip = frozenset(skip)
+  unlabelled = sorted(set(base.leaves) - set(labels))
+  unknown = sorted({x for x in labels.values() if x not in txs})
+  if unlabelled or unknown:
+    raise ValueError(
+      f'leaves without a label: {unlabelled}; labels without a '
+      f'transformation: {unknown}'
+    )
+  group = {
+    label: [p for p in base.leaves if labels[p] == label] for label in txs
+  }
+  bad: list[str] = []
+
+  def copy(path):
+    put(path, base.read(path))
+
+  def finish(path, out):
+    for name, fine in zip(('base', *experts), out['finite'], strict=True):
+      if not fine:
+        bad.append(f'{name}: {path}')
+    put(path, out['merged'])
+
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    try:
+      for label, paths in group.items():
+        moved = [
+          p
+          for p in paths
+          if txs[label] is not None and _is_float(base.leaves[p])
+        ]
+        list(pool.map(copy, sorted({*paths} - {*moved} - {*skip})))
+        if moved:
+          sweep = _Sweep(txs[label], (base, *experts.values()), pool, on_leaf)
+          answers = sweep.answers(moved)
+          todo = [p for p in moved if p not in skip]
+          sweep.run(answers, todo, finish)
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
+  if bad:
+    raise ValueError('\n  '.join(['weights are not finite:', *sorted(bad)]))
+
+
+class _Sweep:
+  """Passes over the leaves of one transformation."""
+
+  def __init__(self, tx, sources, pool, on_leaf):
+    self._update = functools.partial(_update, optax.with_extra_args_support(tx))
+    self._jitted = jax.jit(self._update)
+    self._sources, self._pool, self._on_leaf = sources, pool, on_leaf
+
+  def run(self, answers, paths, finish):
+    """Runs the update with what is known of the model, leaf by leaf."""
+
+    def one(path):
+      base, *experts = [s.read(path) for s in self._sources]
+      salt = np.uint32(zlib.crc32(path.encode()))
+      out = self._jitted(answers, salt, base, experts)
+      result = finish(path, jax.block_until_ready(out))
+      if self._on_leaf is not None:
+        self._on_leaf(path, sum(x.nbytes for x in (base, *experts)))
+      return result
+
+    return list(self._pool.map(one, paths))
+
+  def answers(self, paths):
+    """Answers all questions about the whole model, a pass for each."""
+    base, *experts = [s.leaves[paths[0]] for s in self._sources]
+    answers = ()
+    while True:
+      asked = []
+      jax.eval_shape(
+        functools.partial(self._update, on_question=asked.append),
+        answers,
+        np.uint32(0),
+        base,
+        experts,
+      )
+      if not asked:
+        return answers
+      answers = (*answers, self._answer(asked[0], answers, paths))
+
+  def _answer(self, finish, answers, paths):
+    total, args, lock = None, (), threading.Lock()
+
+    def add(path, out):
+      nonlocal total, args
+      del path
+      part = jax.tree.map(_wide, out['part'])
+      with lock:
+        total = part if total is None else jax.tree.map(np.add, total, part)
+        args = out['args']
+
+    self.run(answers, paths, add)
+    # Counts of the entries of a large model do not fit 32 bits.
+    with jax.enable_x64(True):
+      answer = finish(jax.tree.map(jnp.asarray, total), *args)
+      return jax.tree.map(np.asarray, answer)
+
+
+def _wide(x: jax.Array) -> np.ndarray:
+  integer = jnp.issubdtype(x.dtype, jnp.integer)
+  return np.asarray(x, np.int64 if integer else np.float64)
+
+
+class _Tree:
+  """A `Source` of a pytree in memory."""
+
+  def __init__(self, params: Params):
+    self._arrays = tree.flatten(params)
+    self.leaves = {
+      path: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype)
+      for path, x in self._arrays.items()
+    }
+
+  def read(self, path: str) -> Any:
+    """Returns the array of a path."""
+    return self._arrays[path]
+
+
+def merge(
+  tx: optax.GradientTransformation,
+  base: Params,
+  experts: Sequence[Params],
+  *,
+  workers: int = 2,
+) -> Params:
+  """Merges models in memory leaf by leaf.
+
+  Gives what `dam_jax.merge` gives for the experts stacked, and holds no stack
+  and no task vectors of the whole model: beside the models themselves and the
+  result only a few leaves.
+
+  Args:
+    tx: maps task vectors `[K, ...]` to one update.
+    base: the model that all experts were fine-tuned from.
+    experts: `K` models like it.
+    workers: how many leaves are under way at a time.
+
+  Returns:
+    The merged model, in the base's structure and dtypes.
+
+  Raises:
+    ValueError: where experts do not fit the base or are not finite.
+  """
+  merged: dict[str, Any] = {}
+  source = _Tree(base)
+
+  def put(path, leaf):
+    merged[path] = leaf.astype(source.leaves[path].dtype)
+
+  named = {str(k): _Tree(expert) for k, expert in enumerate(experts)}
+  merge_leaves(tx, source, named, put, workers=workers)
+  leaves = [merged[path] for path in source.leaves]
+  return jax.tree.unflatten(jax.tree.structure(base), leaves)
