@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
 from dam_jax import checkpoint
+from dam_jax.checkpoint import tensors
 from dam_jax.models import convert
 
 LAYER = {
@@ -139,7 +140,7 @@ def test_experts_that_differ_are_refused_before_a_weight_is_read(
     'good': base,
     'svhn': write(tmp_path / 'svhn.safetensors', svhn),
   }
-  monkeypatch.setattr(checkpoint, '_read', lambda *_: pytest.fail('has read'))
+  monkeypatch.setattr(tensors, '_read', lambda *_: pytest.fail('has read'))
   with pytest.raises(ValueError, match='experts differ') as error:
     checkpoint.load_experts(base, experts)
   assert str(error.value).splitlines()[1:] == [

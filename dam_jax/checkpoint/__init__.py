@@ -1,0 +1,48 @@
+"""Files: models, LoRAs, records of merges and states of runs.
+
+Nothing is ever unpickled, and what is written goes to a temporary name first
+and is then moved into place.
+
+Whole models of safetensors are read into pytrees by `load_params` and
+`load_experts`, and written by `save_params`. Models that are too large for
+that are opened by `open_model`, read leaf by leaf, and written likewise by
+`ModelWriter`.
+"""
+
+from dam_jax.checkpoint.headers import PATHS
+from dam_jax.checkpoint.headers import NameMap
+from dam_jax.checkpoint.models import Model
+from dam_jax.checkpoint.models import open_model
+from dam_jax.checkpoint.record import MergeRecord
+from dam_jax.checkpoint.record import file_hash
+from dam_jax.checkpoint.record import versions
+from dam_jax.checkpoint.state import restore_state
+from dam_jax.checkpoint.state import save_state
+from dam_jax.checkpoint.tensors import load_abstract
+from dam_jax.checkpoint.tensors import load_experts
+from dam_jax.checkpoint.tensors import load_metadata
+from dam_jax.checkpoint.tensors import load_params
+from dam_jax.checkpoint.tensors import replacing
+from dam_jax.checkpoint.tensors import save_params
+from dam_jax.checkpoint.writer import ModelWriter
+from dam_jax.checkpoint.writer import save_orbax
+
+__all__ = [
+  'PATHS',
+  'MergeRecord',
+  'Model',
+  'ModelWriter',
+  'NameMap',
+  'file_hash',
+  'load_abstract',
+  'load_experts',
+  'load_metadata',
+  'load_params',
+  'open_model',
+  'replacing',
+  'restore_state',
+  'save_orbax',
+  'save_params',
+  'save_state',
+  'versions',
+]
