@@ -329,7 +329,7 @@ class ModelWriter:
       ValueError: where the model is a lone file, or the name is a path or
         that of a file with weights.
     """
-    taken = {layout.INDEX, *(shard.name for shard in self._shards)}
+    taken = {'', '..', layout.INDEX, *(shard.name for shard in self._shards)}
     if self._lone or name in taken or pathlib.PurePath(name).name != name:
       raise ValueError(f'{self._target}: cannot add the file {name!r}')
     self._files[name] = (
