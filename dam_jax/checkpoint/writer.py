@@ -31,6 +31,8 @@ from dam_jax.checkpoint import tensors
 _DTYPES = (None, 'float32', 'bfloat16', 'float16')
 # Entries that are cast and written at a time.
 _BLOCK = 1 << 24
+# That Orbax may hold at a time.
+_ORBAX_BYTES = 1 << 28
 
 
 class ModelWriter:
@@ -394,9 +396,9 @@ def save_orbax(
 ) -> None:
   """Writes a model as an Orbax checkpoint, at once or not at all.
 
-  Leaves are given to Orbax as the memory maps that they are, so that a model
-  from files costs little memory; what a model computes when it is read is held
-  until all is written.
+  Leaves are given to Orbax as the memory maps that they are, and written in the
+  layout of a folder a leaf, which Orbax need not hold in memory. What a model
+  computes when it is read is held until all is written.
 
   Args:
     path: of a folder.
@@ -412,9 +414,12 @@ def save_orbax(
   if path.exists() and not overwrite:
     raise ValueError(f'{path} exists: pass overwrite=True to replace it')
   leaves: Any = models.nest({p: model.read(p) for p in model.leaves})
-  # Nobody changes the leaves meanwhile, so Orbax need not copy them.
-  options = ocp.options.MemoryOptions(deepcopy_host_arrays=False)
-  with ocp.Context(memory_options=options):
+  context = ocp.Context()
+  context.array.saving.use_ocdbt = False
+  context.array.saving.use_zarr3 = False
+  context.memory.write_concurrent_bytes = _ORBAX_BYTES
+  context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
+  with context:
     ocp.save(path, leaves, overwrite=overwrite)
 
 
