@@ -19,6 +19,7 @@ CORE = [
   'numpy>=2.0',
   'optax>=0.2.6',
   'orbax-checkpoint>=0.12.0',
+  'rich>=13.7',
   'safetensors>=0.6.1',
   'scipy>=1.13',
 ]
@@ -35,10 +36,9 @@ EXPERIMENTS = [
   'jinja2>=3.1',
   'matplotlib>=3.9',
   'mlxtend>=0.23.4',
-  'rich>=13.7',
   'scikit-learn>=1.5',
 ]
-BENCH = ['rich>=13.7']
+BENCH: list[str] = []
 TEST = [
   *DATA,
   *EXPERIMENTS,
@@ -67,6 +67,7 @@ setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['dam_jax', 'dam_jax.*']),
+  entry_points={'console_scripts': ['dam-jax = dam_jax.cli:run']},
   package_data={'dam_jax': ['py.typed']},
   install_requires=CORE,
   extras_require={

@@ -39,6 +39,8 @@ from dam_jax.typing import Params, Source
 Put = Callable[[str, Any], None]
 """Takes a merged leaf by its path; called from several threads."""
 
+Tx = optax.GradientTransformation
+
 
 class _Asked(Exception):
   """A transformation asks for a sum over the model that is not known yet."""
@@ -162,8 +164,7 @@ def _update(tx, answers, salt, base, experts, *, on_question=None):
 
 
 def merge_leaves(
-  tx: optax.GradientTransformation
-  | Mapping[str, optax.GradientTransformation | None],
+  tx: Tx | Mapping[str, Tx | str | None],
   base: Source,
   experts: Mapping[str, Source],
   put: Put,
@@ -176,12 +177,13 @@ def merge_leaves(
   """Merges leaf by leaf.
 
   Args:
-    tx: maps task vectors `[K, ...]` to one update; or one for each label, None
-      for leaves that are the base's bit for bit.
+    tx: maps task vectors `[K, ...]` to one update; or one for each label, where
+      None stands for the base's own leaf, bit for bit, and a name for that
+      expert's.
     base: the model that all experts were fine-tuned from.
     experts: models by name; their order is that of the task axis.
     put: takes each merged leaf, in float32, by its path. Leaves that are not
-      floating point, and those labelled None, are the base's own.
+      floating point are the base's own.
     labels: of leaves by path, as `dam_jax.tree.label_by_path` gives them; a
       whole-model threshold is then one for each label, as in
       `optax.partition`.
@@ -201,10 +203,12 @@ def merge_leaves(
   skip = frozenset(skip)
   unlabelled = sorted(set(base.leaves) - set(labels))
   unknown = sorted({x for x in labels.values() if x not in txs})
-  if unlabelled or unknown:
+  owners = {label: t for label, t in txs.items() if isinstance(t, str)}
+  strangers = sorted(set(owners.values()) - set(experts))
+  if unlabelled or unknown or strangers:
     raise ValueError(
       f'leaves without a label: {unlabelled}; labels without a '
-      f'transformation: {unknown}'
+      f'transformation: {unknown}; not experts: {strangers}'
     )
   group = {
     label: [p for p in base.leaves if labels[p] == label] for label in txs
@@ -212,7 +216,8 @@ def merge_leaves(
   bad: list[str] = []
 
   def copy(path):
-    put(path, base.read(path))
+    owner = owners.get(labels[path])
+    put(path, (base if owner is None else experts[owner]).read(path))
 
   def finish(path, out):
     for name, fine in zip(('base', *experts), out['finite'], strict=True):
@@ -223,11 +228,8 @@ def merge_leaves(
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     try:
       for label, paths in group.items():
-        moved = [
-          p
-          for p in paths
-          if txs[label] is not None and _is_float(base.leaves[p])
-        ]
+        whole = txs[label] is None or label in owners
+        moved = [p for p in paths if not whole and _is_float(base.leaves[p])]
         list(pool.map(copy, sorted({*paths} - {*moved} - {*skip})))
         if moved:
           sweep = _Sweep(txs[label], (base, *experts.values()), pool, on_leaf)
@@ -239,6 +241,43 @@ def merge_leaves(
       raise
   if bad:
     raise ValueError('\n  '.join(['weights are not finite:', *sorted(bad)]))
+
+
+def _question(update, answers, structs):
+  """Returns `(finish, what it is asked of a leaf)` of the next question."""
+  asked = []
+  out = jax.eval_shape(
+    functools.partial(update, on_question=asked.append),
+    answers,
+    jax.ShapeDtypeStruct((), jnp.uint32),
+    structs[0],
+    structs[1:],
+  )
+  return (asked[0], out) if asked else None
+
+
+def passes(tx: Tx, num: int) -> int:
+  """Counts how often a merge by leaves reads each leaf.
+
+  Args:
+    tx: maps task vectors `[K, ...]` to one update.
+    num: `K`.
+
+  Returns:
+    One, and one more for each question about the whole model.
+
+  Examples:
+    >>> passes(dj.average(), 3), passes(dj.ties(), 3)
+    (1, 4)
+  """
+  update = functools.partial(_update, optax.with_extra_args_support(tx))
+  structs = [jax.ShapeDtypeStruct((2, 2), jnp.float32)] * (1 + num)
+  answers = ()
+  while (question := _question(update, answers, structs)) is not None:
+    finish, out = question
+    answer = jax.eval_shape(finish, out['part'], *out['args'])
+    answers = (*answers, answer)
+  return 1 + len(answers)
 
 
 class _Sweep:
@@ -265,20 +304,12 @@ class _Sweep:
 
   def answers(self, paths):
     """Answers all questions about the whole model, a pass for each."""
-    base, *experts = [s.leaves[paths[0]] for s in self._sources]
+    structs = [s.leaves[paths[0]] for s in self._sources]
     answers = ()
-    while True:
-      asked = []
-      jax.eval_shape(
-        functools.partial(self._update, on_question=asked.append),
-        answers,
-        np.uint32(0),
-        base,
-        experts,
-      )
-      if not asked:
-        return answers
-      answers = (*answers, self._answer(asked[0], answers, paths))
+    while (question := _question(self._update, answers, structs)) is not None:
+      finish, _ = question
+      answers = (*answers, self._answer(finish, answers, paths))
+    return answers
 
   def _answer(self, finish, answers, paths):
     total, args, lock = None, (), threading.Lock()

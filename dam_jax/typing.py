@@ -4,7 +4,7 @@ Symbols used in shapes throughout: `K` experts, `T` tasks, `B` images a task,
 `H, W, C` an image's height, width and channels, `L` classes, `P` parameters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import chex
@@ -42,8 +42,9 @@ class Source(Protocol):
     """Shape and dtype of every leaf by path."""
     ...
 
-  def read(self, path: str) -> Any:
-    """Returns a leaf's array; called from several threads at once."""
+  @property
+  def read(self) -> Callable[[str], Any]:
+    """Maps a path to that leaf; called from several threads at once."""
     ...
 
 

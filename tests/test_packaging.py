@@ -34,6 +34,7 @@ LAYERS = (
   ('meta_spec',),
   ('meta',),
   ('defences', 'learned', 'recipes'),
+  ('catalogue',),
 )
 # What stands beside the layers, and all that it may import of the package.
 BESIDE = {
@@ -183,7 +184,13 @@ def test_module_is_small_and_documented(path):
 
 
 def test_imports_point_one_way():
-  allowed = {'__init__': None, 'models': None, 'data': None, **BESIDE}
+  allowed = {
+    '__init__': None,
+    'cli': None,
+    'models': None,
+    'data': None,
+    **BESIDE,
+  }
   above = ()
   for layer in LAYERS:
     allowed |= dict.fromkeys(layer, above)

@@ -16,6 +16,7 @@ from dam_jax.checkpoint.models import open_model
 from dam_jax.checkpoint.record import MergeRecord
 from dam_jax.checkpoint.record import file_hash
 from dam_jax.checkpoint.record import versions
+from dam_jax.checkpoint.rows import fit_rows
 from dam_jax.checkpoint.state import restore_state
 from dam_jax.checkpoint.state import save_state
 from dam_jax.checkpoint.tensors import load_abstract
@@ -34,6 +35,7 @@ __all__ = [
   'ModelWriter',
   'NameMap',
   'file_hash',
+  'fit_rows',
   'load_abstract',
   'load_experts',
   'load_metadata',

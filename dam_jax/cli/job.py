@@ -1,0 +1,349 @@
+"""A merge from files to files: what to do, what it will cost, doing it."""
+
+from collections.abc import Callable, Mapping, Sequence
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from dam_jax import catalogue
+from dam_jax import checkpoint
+from dam_jax import streaming
+from dam_jax import tree
+
+MERGE, KEEP = 'merge', 'keep'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """What to merge, and how; JSON values.
+
+  Attributes:
+    base: path of the model that all experts were fine-tuned from.
+    experts: paths by name; models, or LoRA adapters of the base.
+    method: its name in `dam_jax.catalogue`.
+    options: of the method.
+    rules: pairs of a regular expression and a label; a leaf gets the label of
+      the first that matches its whole path, 'merge' if none does. 'keep' is the
+      base's leaf bit for bit, an expert's name that expert's.
+    labels: what else a label stands for: options that differ, and 'method'.
+    vocabulary: pairs of a regular expression and a rule of
+      `dam_jax.checkpoint.fit_rows`.
+    dtype: of what is written; None keeps the base's.
+    max_shard_bytes: of a file of weights.
+    workers: how many leaves are under way at a time.
+  """
+
+  base: str
+  experts: Mapping[str, str]
+  method: str
+  options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rules: Sequence[tuple[str, str]] = ()
+  labels: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  vocabulary: Sequence[tuple[str, str]] = ()
+  dtype: str | None = None
+  max_shard_bytes: float = 5e9
+  workers: int = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+  """A job whose every part was checked, and what it will cost.
+
+  Attributes:
+    job: what to do.
+    base: the opened base.
+    experts: the opened experts by name.
+    txs: what each label stands for, as `streaming.merge_leaves` takes it.
+    labels: of leaves by path.
+    tied: leaves that are another's value.
+    passes: how often each label's leaves are read.
+  """
+
+  job: Job
+  base: checkpoint.Model
+  experts: Mapping[str, checkpoint.Model]
+  txs: Mapping[str, Any]
+  labels: Mapping[str, str]
+  tied: Mapping[str, str]
+  passes: Mapping[str, int]
+
+  @functools.cached_property
+  def read_bytes(self) -> int:
+    """Bytes that will be read, every pass counted."""
+    models = (self.base, *self.experts.values())
+    return sum(
+      self.passes[self.labels[path]] * _bytes(model.leaves[path])
+      for model in models
+      for path in self.labels
+    )
+
+  @functools.cached_property
+  def write_bytes(self) -> int:
+    """Bytes that will be written."""
+    return sum(_bytes(x, self.job.dtype) for x in self.base.leaves.values())
+
+  @functools.cached_property
+  def memory_bytes(self) -> int:
+    """Bytes of leaves that are held at a time, an estimate from above.
+
+    For each worker the largest leaf of the base and of each expert, its task
+    vectors and as much again for what the method computes with them.
+    """
+    largest = max(math.prod(x.shape) for x in self.base.leaves.values())
+    return self.job.workers * 4 * largest * (3 * len(self.experts) + 3)
+
+  def describe(self) -> dict[str, Any]:
+    """Returns the plan as JSON values."""
+    counts = {
+      label: sum(x == label for x in self.labels.values()) for label in self.txs
+    }
+    return {
+      'method': self.job.method,
+      'experts': len(self.experts),
+      'leaves': len(self.base.leaves),
+      'parameters': sum(math.prod(x.shape) for x in self.base.leaves.values()),
+      'labels': counts,
+      'tied': dict(self.tied),
+      'passes': {n: p for n, p in self.passes.items() if counts[n]},
+      'read_bytes': self.read_bytes,
+      'write_bytes': self.write_bytes,
+      'memory_bytes': self.memory_bytes,
+      'dtype': self.job.dtype or 'as the base',
+    }
+
+
+def _bytes(struct: Any, dtype: str | None = None) -> int:
+  floating = jnp.issubdtype(struct.dtype, jnp.floating)
+  kind = jnp.dtype(dtype) if dtype and floating else struct.dtype
+  return math.prod(struct.shape) * kind.itemsize
+
+
+def prepare(job: Job) -> Plan:
+  """Checks every part of a job; reads no weight but to find tied leaves.
+
+  Args:
+    job: what to do.
+
+  Returns:
+    The plan.
+
+  Raises:
+    ValueError: where a file cannot be read, models do not fit each other, or
+      the method, an option or a rule makes no sense.
+  """
+  base = checkpoint.open_model(job.base)
+  experts = {
+    name: _open_expert(path, base) for name, path in job.experts.items()
+  }
+  vocabulary = _match('vocabulary', job.vocabulary, base)
+  base, experts = checkpoint.fit_rows(base, experts, vocabulary)
+  streaming.check(base, experts)
+  matched = _match('rules', job.rules, base)
+  kept = {path: KEEP for path, rule in vocabulary.items() if rule == KEEP}
+  labels = {**dict.fromkeys(base.leaves, MERGE), **matched, **kept}
+  txs = _transformations(job, labels)
+  tied = streaming.tied(base, list(experts.values()))
+  _raise_if(
+    [
+      f'{path} ({labels[path]}) and {source} ({labels[source]})'
+      for path, source in tied.items()
+      if labels[path] != labels[source]
+    ],
+    'tied leaves have different rules:',
+  )
+  passes = {
+    label: 1
+    if tx is None or isinstance(tx, str)
+    else streaming.passes(tx, len(experts))
+    for label, tx in txs.items()
+  }
+  return Plan(
+    job=job,
+    base=base,
+    experts=experts,
+    txs=txs,
+    labels=labels,
+    tied=tied,
+    passes=passes,
+  )
+
+
+def _raise_if(lines: Sequence[str], head: str) -> None:
+  if lines:
+    raise ValueError('\n  '.join([head, *lines]))
+
+
+def _open_expert(path: str, base: checkpoint.Model) -> checkpoint.Model:
+  if (pathlib.Path(path) / 'adapter_config.json').exists():
+    return checkpoint.expand(base, checkpoint.open_lora(path))
+  return checkpoint.open_model(path)
+
+
+def _match(
+  kind: str, rules: Sequence[tuple[str, str]], base: checkpoint.Model
+) -> dict[str, str]:
+  """Returns the label of each path that a rule matches."""
+  try:
+    found = tree.label_by_path(dict(base.leaves), rules, default='')
+  except (re.error, ValueError) as e:
+    raise ValueError(f'{kind}: {e}') from e
+  return {path: label for path, label in found.items() if label}
+
+
+def _transformations(job: Job, labels: Mapping[str, str]) -> dict[str, Any]:
+  """Returns what each label in use stands for."""
+  used = {MERGE, *labels.values()}
+  lines = [
+    f'{n}: an expert cannot be called this'
+    for n in {MERGE, KEEP}
+    if n in job.experts
+  ]
+  lines += [
+    f'{n}: both an expert and a label of its own'
+    for n in job.labels
+    if n in job.experts
+  ]
+  lines += [
+    f'{n}: no rule gives this label' for n in job.labels if n not in used
+  ]
+  lines += [
+    f'{n}: neither {KEEP!r} nor an expert, and nothing is set for it'
+    for n in used - {MERGE, KEEP, *job.experts, *job.labels}
+  ]
+  _raise_if(sorted(lines), 'labels:')
+  txs: dict[str, Any] = {}
+  for label in sorted(used):
+    if label == KEEP:
+      txs[label] = None
+    elif label in job.experts:
+      txs[label] = label
+    else:
+      own = dict(job.labels.get(label, {}))
+      method = own.pop('method', job.method)
+      shared = job.options if method == job.method else {}
+      txs[label] = _build(method, {**shared, **own}, len(job.experts))
+  return txs
+
+
+def _build(method: str, options: Mapping[str, Any], num: int):
+  tx = catalogue.build(method, options)
+  want = catalogue.STATIC[method].num
+  if want not in (None, num):
+    raise ValueError(f'{method} merges {want} experts, got {num}')
+  return tx
+
+
+def run(
+  plan: Plan,
+  out: str,
+  *,
+  orbax: bool = False,
+  overwrite: bool = False,
+  on_leaf: Callable[[str, int], None] | None = None,
+  on_resume: Callable[[int], None] | None = None,
+) -> checkpoint.MergeRecord:
+  """Does what was planned; an interrupted run goes on where it was.
+
+  Args:
+    plan: from `prepare`.
+    out: path of a folder, or of a file that ends in .safetensors.
+    orbax: write an Orbax checkpoint in place of safetensors.
+    overwrite: whether to replace what is at `out`.
+    on_leaf: called with a leaf's path and the bytes read for it.
+    on_resume: called with the number of leaves that an interrupted run has
+      written, where there was one.
+
+  Returns:
+    The record that is written beside the model.
+
+  Raises:
+    ValueError: where `out` cannot be written, weights are not finite, or the
+      dtype cannot hold them.
+  """
+  target = pathlib.Path(out)
+  if orbax and target.exists() and not overwrite:
+    raise ValueError(f'{out} exists: pass --overwrite to replace it')
+  path = target.with_name(f'.{target.name}.safetensors') if orbax else target
+  folder = plan.base.folder
+  carried = folder is not None and (folder / 'config.json').exists()
+  lone = path.suffix == '.safetensors'
+  with concurrent.futures.ThreadPoolExecutor(1) as hasher:
+    hashes = hasher.submit(_hashes, plan)
+    writer = checkpoint.ModelWriter(
+      path,
+      plan.base.leaves,
+      dtype=plan.job.dtype,
+      max_shard_bytes=plan.job.max_shard_bytes,
+      carry=folder if carried and not lone else None,
+      plan=_identity(plan),
+      alias=plan.tied,
+      overwrite=overwrite,
+    )
+    with writer:
+      if on_resume is not None and writer.done:
+        on_resume(len(writer.done))
+      streaming.merge_leaves(
+        plan.txs,
+        plan.base,
+        plan.experts,
+        writer.put,
+        labels=plan.labels,
+        skip={*writer.done, *plan.tied},
+        workers=plan.job.workers,
+        on_leaf=on_leaf,
+      )
+      record = _record(plan, hashes.result())
+      if not lone:
+        writer.add_file('merge_record.json', record.to_json())
+  if orbax:
+    checkpoint.save_orbax(
+      target, checkpoint.open_model(path), overwrite=overwrite
+    )
+    path.unlink()
+  return record
+
+
+def _inputs(plan: Plan) -> dict[str, list[pathlib.Path]]:
+  """Returns the files of each model by its name."""
+  return {
+    'base': list(plan.base.files),
+    **{name: list(m.files) for name, m in plan.experts.items()},
+  }
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+  """Returns what a run must share with an interrupted one to go on."""
+  job = dataclasses.asdict(dataclasses.replace(plan.job, workers=1))
+  states = {
+    name: [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    for name, files in _inputs(plan).items()
+  }
+  return {'job': job, 'files': states, 'versions': checkpoint.versions()}
+
+
+def _hashes(plan: Plan) -> dict[str, dict[str, str]]:
+  """Returns the SHA-256 of every file, by model and file name."""
+  return {
+    name: {f.name: checkpoint.file_hash(f) for f in files}
+    for name, files in _inputs(plan).items()
+  }
+
+
+def _record(plan: Plan, hashes: Mapping[str, Mapping[str, str]]):
+  job = plan.job
+  return checkpoint.MergeRecord(
+    method=job.method,
+    hyperparameters=job.options,
+    seed=int(job.options.get('seed', 0)),
+    base={job.base: hashes['base']},
+    experts={job.experts[name]: hashes[name] for name in job.experts},
+    extra={},
+  )
