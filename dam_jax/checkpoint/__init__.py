@@ -11,8 +11,16 @@ that are opened by `open_model`, read leaf by leaf, and written likewise by
 
 from dam_jax.checkpoint.headers import PATHS
 from dam_jax.checkpoint.headers import NameMap
+from dam_jax.checkpoint.lora import Factors
+from dam_jax.checkpoint.lora import Full
+from dam_jax.checkpoint.lora import Lora
+from dam_jax.checkpoint.lora import concat
+from dam_jax.checkpoint.lora import expand
+from dam_jax.checkpoint.lora import truncate
 from dam_jax.checkpoint.models import Model
 from dam_jax.checkpoint.models import open_model
+from dam_jax.checkpoint.peft import open_lora
+from dam_jax.checkpoint.peft import save_lora
 from dam_jax.checkpoint.record import MergeRecord
 from dam_jax.checkpoint.record import file_hash
 from dam_jax.checkpoint.record import versions
@@ -30,21 +38,29 @@ from dam_jax.checkpoint.writer import save_orbax
 
 __all__ = [
   'PATHS',
+  'Factors',
+  'Full',
+  'Lora',
   'MergeRecord',
   'Model',
   'ModelWriter',
   'NameMap',
+  'concat',
+  'expand',
   'file_hash',
   'fit_rows',
   'load_abstract',
   'load_experts',
   'load_metadata',
   'load_params',
+  'open_lora',
   'open_model',
   'replacing',
   'restore_state',
+  'save_lora',
   'save_orbax',
   'save_params',
   'save_state',
+  'truncate',
   'versions',
 ]
