@@ -9,6 +9,8 @@ that are opened by `open_model`, read leaf by leaf, and written likewise by
 `ModelWriter`.
 """
 
+from dam_jax.checkpoint.card import model_card
+from dam_jax.checkpoint.card import read_license
 from dam_jax.checkpoint.headers import PATHS
 from dam_jax.checkpoint.headers import NameMap
 from dam_jax.checkpoint.lora import Factors
@@ -22,7 +24,9 @@ from dam_jax.checkpoint.models import open_model
 from dam_jax.checkpoint.peft import open_lora
 from dam_jax.checkpoint.peft import save_lora
 from dam_jax.checkpoint.record import MergeRecord
+from dam_jax.checkpoint.record import combined_hash
 from dam_jax.checkpoint.record import file_hash
+from dam_jax.checkpoint.record import model_hashes
 from dam_jax.checkpoint.record import versions
 from dam_jax.checkpoint.rows import fit_rows
 from dam_jax.checkpoint.state import restore_state
@@ -45,6 +49,7 @@ __all__ = [
   'Model',
   'ModelWriter',
   'NameMap',
+  'combined_hash',
   'concat',
   'expand',
   'file_hash',
@@ -53,8 +58,11 @@ __all__ = [
   'load_experts',
   'load_metadata',
   'load_params',
+  'model_card',
+  'model_hashes',
   'open_lora',
   'open_model',
+  'read_license',
   'replacing',
   'restore_state',
   'save_lora',

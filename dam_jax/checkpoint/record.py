@@ -1,6 +1,7 @@
 """Records of merges: what a merged model is made of."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
 import datetime
@@ -11,6 +12,8 @@ from typing import Any
 
 from etils import epath
 
+from dam_jax.checkpoint import models
+
 
 def file_hash(path: epath.PathLike) -> str:
   """Returns a file's SHA-256 in hexadecimal.
@@ -20,6 +23,45 @@ def file_hash(path: epath.PathLike) -> str:
   """
   with open(path, 'rb') as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def model_hashes(model: models.Model) -> dict[str, str]:
+  """Returns the SHA-256 of every file of a model.
+
+  Args:
+    model: as `open_model` returns it.
+
+  Returns:
+    In hexadecimal, by the file's name in the model's folder.
+  """
+
+  def name(path):
+    within = model.folder and path.is_relative_to(model.folder)
+    return str(path.relative_to(model.folder)) if within else path.name
+
+  with futures.ThreadPoolExecutor() as executor:
+    hashes = executor.map(file_hash, model.files)
+    return dict(zip(map(name, model.files), hashes, strict=True))
+
+
+def combined_hash(hashes: Mapping[str, str]) -> str:
+  """Returns one SHA-256 for a model of one or several files.
+
+  Args:
+    hashes: of its files by name.
+
+  Returns:
+    That of the only file; of several that of the lines `<hash>  <name>`, sorted
+    by name, as `sha256sum` prints them.
+
+  Examples:
+    >>> combined_hash({'model.safetensors': 'a1'})
+    'a1'
+  """
+  if len(hashes) == 1:
+    return next(iter(hashes.values()))
+  lines = ''.join(f'{hashes[name]}  {name}\n' for name in sorted(hashes))
+  return hashlib.sha256(lines.encode()).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +77,13 @@ class MergeRecord:
     versions: of the packages that computed it.
     created: time in UTC, ISO 8601.
     extra: anything else, JSON values.
+    references: of the method, in Markdown.
+    rules: pairs of a pattern of paths and what was done with these leaves.
+    files: SHA-256 of each file by its name, of each model by its name.
+    dtype: of the floating-point leaves as written; None is each leaf's own.
+    command: that makes the model again.
+    license: what the base's card says of it, as `read_license` returns it.
+    security: report of the tests for backdoors, JSON values; None is none.
   """
 
   method: str
@@ -51,6 +100,15 @@ class MergeRecord:
     )
   )
   extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  references: Sequence[str] = dataclasses.field(default_factory=list)
+  rules: Sequence[Sequence[str]] = dataclasses.field(default_factory=list)
+  files: Mapping[str, Mapping[str, str]] = dataclasses.field(
+    default_factory=dict
+  )
+  dtype: str | None = None
+  command: str | None = None
+  license: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  security: Mapping[str, Any] | None = None
 
   def to_json(self) -> str:
     """Returns the record as JSON."""

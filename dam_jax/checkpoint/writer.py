@@ -236,6 +236,7 @@ class ModelWriter:
         self._target,
       )
     os.ftruncate(journal, 0)
+    os.fsync(journal)
     shutil.rmtree(self._content, ignore_errors=True)
     self._content.mkdir()
     need, free = sum(files.values()), shutil.disk_usage(self._content).free
@@ -271,8 +272,7 @@ class ModelWriter:
     """
     array = np.asarray(array)
     with self._lock:
-      if self._journal is None:
-        raise ValueError(f'{path}: the writer is not open, use it with `with`')
+      self._open_journal(path)
       self._check_put(path, array)
       self._taken.add(path)
     places = [path, *(p for p, s in self._alias.items() if s == path)]
@@ -286,7 +286,12 @@ class ModelWriter:
         self._overflow.append(path)
         return
       lines = ''.join(json.dumps(p) + '\n' for p in places)
-      self._append(self._journal, lines.encode())
+      self._append(self._open_journal(path), lines.encode())
+
+  def _open_journal(self, path: str) -> int:
+    if self._journal is None:
+      raise ValueError(f'{path}: the writer is not open, use it with `with`')
+    return self._journal
 
   def _check_put(self, path: str, array: np.ndarray) -> None:
     if path not in self._leaves:
@@ -340,9 +345,12 @@ class ModelWriter:
 
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
     with self._stack:
-      if kind is None:
-        self._finish()
-      self._journal = None
+      try:
+        if kind is None:
+          self._finish()
+      finally:
+        with self._lock:  # a thread that still writes must not be surprised
+          self._journal = None
 
   def _finish(self) -> None:
     head = f'{self._target} is not written:'
