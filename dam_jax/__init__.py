@@ -10,6 +10,7 @@ from dam_jax import losses
 from dam_jax import masks
 from dam_jax import perturbations
 from dam_jax import selection
+from dam_jax import spectral
 from dam_jax import streaming
 from dam_jax import transforms
 from dam_jax import tree
@@ -36,6 +37,12 @@ from dam_jax.recipes import slerp
 from dam_jax.recipes import task_arithmetic
 from dam_jax.recipes import ties
 from dam_jax.recipes import weighted_average
+from dam_jax.spectral import iso_c
+from dam_jax.spectral import iso_cts
+from dam_jax.spectral import knots
+from dam_jax.spectral import knots_lora
+from dam_jax.spectral import tsv_m
+from dam_jax.spectral import wudi
 from dam_jax.transforms import scale_tasks
 from dam_jax.typing import Batch
 
@@ -57,7 +64,11 @@ __all__ = [
   'dam_robust',
   'dare',
   'from_transform',
+  'iso_c',
+  'iso_cts',
   'keep_base',
+  'knots',
+  'knots_lora',
   'losses',
   'masks',
   'merge',
@@ -68,11 +79,14 @@ __all__ = [
   'scan_steps',
   'selection',
   'slerp',
+  'spectral',
   'streaming',
   'task_arithmetic',
   'ties',
   'transforms',
   'tree',
+  'tsv_m',
   'typing',
   'weighted_average',
+  'wudi',
 ]

@@ -22,6 +22,11 @@ STATIC = {
   'ties': dj.ties,
   'dare': dj.dare,
   'slerp': dj.slerp,
+  'tsv_m': dj.tsv_m,
+  'iso_c': dj.iso_c,
+  'iso_cts': dj.iso_cts,
+  'wudi': dj.wudi,
+  'knots': dj.knots,
 }
 """Builders of transformations of task vectors, by name."""
 
@@ -76,7 +81,7 @@ def parse(names: str, num_experts: int) -> list[str]:
       does not take `K` experts.
 
   Examples:
-    >>> parse('ties,static', num_experts=6)
+    >>> parse('ties,static', num_experts=6)[:4]
     ['ties', 'average', 'task_arithmetic', 'dare']
   """
   static = [n for n in STATIC if n != 'slerp' or num_experts == 2]
@@ -99,7 +104,7 @@ def parse(names: str, num_experts: int) -> list[str]:
   return list(dict.fromkeys(found))
 
 
-_CODE = ('then', 'task_logits_fn')
+_CODE = ('then', 'others', 'task_logits_fn')
 """Arguments that a config cannot set."""
 
 _GLOBAL = ('steps', 'coefficient_steps', 'batch')

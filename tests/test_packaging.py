@@ -25,15 +25,15 @@ LAYERS = (
   (
     'losses',
     'masks',
+    'matrices',
     'perturbations',
-    'spectral',
     'statistics',
     'transforms',
   ),
   ('aggregators',),
   ('meta_spec',),
   ('meta',),
-  ('defences', 'learned', 'recipes'),
+  ('defences', 'learned', 'recipes', 'spectral'),
   ('catalogue',),
 )
 # What stands beside the layers, and all that it may import of the package.
