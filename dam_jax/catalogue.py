@@ -12,6 +12,7 @@ from typing import Any
 import optax
 
 from dam_jax import recipes
+from dam_jax import spectral
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,11 @@ STATIC: dict[str, Entry] = {
   'ties': Entry(factory=recipes.ties, tested=PEERS),
   'dare': Entry(factory=recipes.dare, tested=PEERS),
   'slerp': Entry(factory=recipes.slerp, num=2, tested=PEERS),
+  'tsv_m': Entry(factory=spectral.tsv_m, tested='FusionBench'),
+  'iso_c': Entry(factory=spectral.iso_c, tested='FusionBench'),
+  'iso_cts': Entry(factory=spectral.iso_cts, tested='FusionBench'),
+  'wudi': Entry(factory=spectral.wudi, tested='FusionBench'),
+  'knots': Entry(factory=spectral.knots, tested='FusionBench'),
 }
 """Merges without data, by name."""
 

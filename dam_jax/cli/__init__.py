@@ -10,6 +10,7 @@ and can go on.
 
 import argparse
 from collections.abc import Sequence
+import shlex
 import sys
 
 from rich.console import Console
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     sub.set_defaults(run=command.run)
   args = parser.parse_args(argv)
+  given = sys.argv[1:] if argv is None else argv
+  args.command = shlex.join(['dam-jax', *given])
   errors = Console(stderr=True, soft_wrap=True)
   try:
     return args.run(args)

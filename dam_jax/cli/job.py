@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 import re
@@ -247,6 +248,7 @@ def run(
   *,
   orbax: bool = False,
   overwrite: bool = False,
+  command: str | None = None,
   on_leaf: Callable[[str, int], None] | None = None,
   on_resume: Callable[[int], None] | None = None,
 ) -> checkpoint.MergeRecord:
@@ -257,6 +259,7 @@ def run(
     out: path of a folder, or of a file that ends in .safetensors.
     orbax: write an Orbax checkpoint in place of safetensors.
     overwrite: whether to replace what is at `out`.
+    command: that the record is to name.
     on_leaf: called with a leaf's path and the bytes read for it.
     on_resume: called with the number of leaves that an interrupted run has
       written, where there was one.
@@ -270,11 +273,11 @@ def run(
   """
   target = pathlib.Path(out)
   if orbax and target.exists() and not overwrite:
-    raise ValueError(f'{out} exists: pass --overwrite to replace it')
+    raise ValueError(f'{out} exists: it is not replaced')
   path = target.with_name(f'.{target.name}.safetensors') if orbax else target
+  lone = path.suffix == '.safetensors'
   folder = plan.base.folder
   carried = folder is not None and (folder / 'config.json').exists()
-  lone = path.suffix == '.safetensors'
   with concurrent.futures.ThreadPoolExecutor(1) as hasher:
     hashes = hasher.submit(_hashes, plan)
     writer = checkpoint.ModelWriter(
@@ -282,10 +285,14 @@ def run(
       plan.base.leaves,
       dtype=plan.job.dtype,
       max_shard_bytes=plan.job.max_shard_bytes,
+      # A lone file holds its record, whose size must be known beforehand.
+      metadata=_record(plan, hashes.result(), command).metadata()
+      if lone
+      else None,
       carry=folder if carried and not lone else None,
       plan=_identity(plan),
       alias=plan.tied,
-      overwrite=overwrite,
+      overwrite=overwrite or orbax,
     )
     with writer:
       if on_resume is not None and writer.done:
@@ -300,14 +307,17 @@ def run(
         workers=plan.job.workers,
         on_leaf=on_leaf,
       )
-      record = _record(plan, hashes.result())
+      record = _record(plan, hashes.result(), command)
       if not lone:
         writer.add_file('merge_record.json', record.to_json())
+        writer.add_file('README.md', checkpoint.model_card(record))
   if orbax:
-    checkpoint.save_orbax(
-      target, checkpoint.open_model(path), overwrite=overwrite
-    )
+    model = checkpoint.open_model(path)
+    checkpoint.save_orbax(target, model, overwrite=overwrite)
     path.unlink()
+  if lone:
+    with checkpoint.replacing(target.with_suffix('.md')) as temporary:
+      temporary.write_text(checkpoint.model_card(record))
   return record
 
 
@@ -332,18 +342,38 @@ def _identity(plan: Plan) -> dict[str, Any]:
 def _hashes(plan: Plan) -> dict[str, dict[str, str]]:
   """Returns the SHA-256 of every file, by model and file name."""
   return {
-    name: {f.name: checkpoint.file_hash(f) for f in files}
-    for name, files in _inputs(plan).items()
+    'base': checkpoint.model_hashes(plan.base),
+    **{n: checkpoint.model_hashes(m) for n, m in plan.experts.items()},
   }
 
 
-def _record(plan: Plan, hashes: Mapping[str, Mapping[str, str]]):
-  job = plan.job
+def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
+  job, folder = plan.job, plan.base.folder
+  combined = {n: checkpoint.combined_hash(found) for n, found in hashes.items()}
+  methods = {
+    job.method,
+    *(x.get('method', job.method) for x in job.labels.values()),
+  }
+  cited = [catalogue.STATIC[name].reference for name in sorted(methods)]
+  named = {label: dict(found) for label, found in job.labels.items()}
   return checkpoint.MergeRecord(
     method=job.method,
-    hyperparameters=job.options,
+    hyperparameters={
+      key: None if p.default is p.empty else p.default
+      for key, p in catalogue.STATIC[job.method].options.items()
+    }
+    | dict(job.options),
     seed=int(job.options.get('seed', 0)),
-    base={job.base: hashes['base']},
-    experts={job.experts[name]: hashes[name] for name in job.experts},
-    extra={},
+    base={job.base: combined.pop('base')},
+    experts=combined,
+    references=[f'[{title}]({url})' for title, url in cited],
+    rules=[
+      *([pattern, json.dumps(named.get(x, x))] for pattern, x in job.rules),
+      *([pattern, f'vocabulary: {x}'] for pattern, x in job.vocabulary),
+    ],
+    files=hashes,
+    dtype=job.dtype,
+    command=command,
+    license=checkpoint.read_license(folder) if folder else {},
+    extra={'tied': dict(plan.tied), 'paths': dict(job.experts)},
   )

@@ -15,6 +15,8 @@ from rich.progress import TextColumn
 from rich.progress import TimeRemainingColumn
 from rich.table import Table
 
+from dam_jax import checkpoint
+from dam_jax.cli import adapters
 from dam_jax.cli import command
 from dam_jax.cli import job as jobs
 
@@ -65,6 +67,14 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument('--format', choices=('safetensors', 'orbax'))
   parser.add_argument('--overwrite', action='store_true')
+  parser.add_argument(
+    '--adapter',
+    action='store_true',
+    help='of LoRA adapters, write one, not a model',
+  )
+  parser.add_argument(
+    '--rank', type=int, help='of that adapter; the sum of ranks if not given'
+  )
 
 
 def _pair(flag: str, text: str) -> tuple[str, str]:
@@ -177,8 +187,28 @@ def _run_check(args: argparse.Namespace) -> int:
   return 0
 
 
+def _run_adapter(job: jobs.Job, args: argparse.Namespace) -> int:
+  merged = adapters.merge(job, args.rank)
+  first = checkpoint.open_lora(next(iter(job.experts.values())))
+  checkpoint.save_lora(args.out, merged, like=first, overwrite=args.overwrite)
+  ranks = {path: f.rank for path, f in merged.factors.items()}
+  if args.json:
+    command.emit({'out': args.out, 'ranks': ranks})
+  else:
+    Console(stderr=True, soft_wrap=True).print(
+      f'{args.out}: an adapter of {len(ranks)} leaves and rank '
+      f'{max(ranks.values())}'
+    )
+  return 0
+
+
 def _run_merge(args: argparse.Namespace) -> int:
-  plan = jobs.prepare(_job(args))
+  job = _job(args)
+  if args.adapter:
+    return _run_adapter(job, args)
+  if args.rank is not None:
+    raise ValueError('--rank is the rank of an adapter: pass --adapter')
+  plan = jobs.prepare(job)
   console = Console(stderr=True)
   _show(plan, console)
   begin = time.perf_counter()
@@ -195,6 +225,7 @@ def _run_merge(args: argparse.Namespace) -> int:
       args.out,
       orbax=args.format == 'orbax',
       overwrite=args.overwrite,
+      command=args.command,
       on_leaf=lambda path, size: progress.advance(task, size),
       on_resume=lambda done: console.print(
         f'goes on: an interrupted run wrote {done} leaves'
