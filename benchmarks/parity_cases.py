@@ -1,0 +1,265 @@
+"""Which merge of ours must equal which merge of a peer, as data.
+
+A difference is explained by a named option, which a case passes to both sides.
+A case whose option we do not have yet has a `gap`, and must differ until then.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import dam_jax as dj
+
+EVERY = ('plain', 'tied', 'still')
+"""The kinds of problems with three experts, see `benchmarks.parity`."""
+DENSITIES = (0.2, 0.5, 0.9)
+WEIGHTS = (0.5, 0.3, 0.4)
+"""Of three experts; their sum is not one."""
+
+
+class Peer(NamedTuple):
+  """A merge of a peer.
+
+  Attributes:
+    name: 'fusion_bench' or 'mergekit'.
+    method: what the peer calls it.
+    options: of the method, as the peer names them.
+    inputs: what it merges, see `benchmarks.peer_files.Job`.
+  """
+
+  name: str
+  method: str
+  options: dict[str, Any]
+  inputs: str
+
+
+def fusion_bench(method: str, *, inputs: str = 'base', **options: Any) -> Peer:
+  return Peer('fusion_bench', method, options, inputs)
+
+
+def mergekit(method: str, *, inputs: str = 'base', **options: Any) -> Peer:
+  # `lambda` is a keyword of the language.
+  options = {name.rstrip('_'): value for name, value in options.items()}
+  return Peer('mergekit', method, options, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One comparison.
+
+  Attributes:
+    method: the name to select it by.
+    peer: the merge to compare with.
+    ours: makes our transformation, or a function `(base, experts) -> params`;
+      None while there is none.
+    given: files of the problem that `ours` takes, by keyword: 'fisher', 'gram',
+      or 'uniform', which it gets as a function like `drop`'s `uniform_fn`.
+    problems: the kinds of problems to merge.
+    gap: the option that is missing in ours.
+    tolerance: the relative error that float32 arithmetic explains.
+  """
+
+  method: str
+  peer: Peer
+  ours: functools.partial | None = None
+  given: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  problems: tuple[str, ...] = ('plain',)
+  gap: str = ''
+  tolerance: float = 2e-6
+
+
+ours = functools.partial
+DRAWS = {'uniform_fn': 'uniform'}
+
+
+def dropped(
+  rate: float, *, then: Any, uniform_fn: Callable, rescale: bool = True
+) -> Any:
+  """DARE with given draws."""
+  drop = dj.transforms.drop(rate, rescale=rescale, uniform_fn=uniform_fn)
+  return dj.chain(drop, then())
+
+
+def _averages():
+  average = functools.partial(
+    Case, 'average', ours=ours(dj.average), problems=EVERY
+  )
+  yield average(fusion_bench('simple_average'))
+  yield average(mergekit('linear', inputs='experts', weight=1.0))
+  for normalize in (True, False):
+    weighted = functools.partial(
+      Case,
+      'weighted_average',
+      ours=ours(dj.weighted_average, WEIGHTS, normalize=normalize),
+      problems=EVERY,
+    )
+    options = {'normalize': normalize}
+    yield weighted(fusion_bench('weighted_average', weights=WEIGHTS, **options))
+    yield weighted(
+      mergekit('linear', inputs='experts', weight=WEIGHTS, **options)
+    )
+
+
+def _task_arithmetic():
+  case = functools.partial(Case, 'task_arithmetic', problems=EVERY)
+  for peer in (
+    fusion_bench('task_arithmetic', scaling_factor=0.3),
+    mergekit('task_arithmetic', weight=1.0, lambda_=0.3),
+  ):
+    yield case(peer, ours(dj.task_arithmetic, 0.3))
+  yield case(
+    mergekit('task_arithmetic', weight=WEIGHTS),
+    ours(dj.aggregators.weighted_sum, WEIGHTS),
+  )
+
+
+def _ties_fusion_bench():
+  options = {'scaling_factor': 0.3, 'remove_keys': []}
+  for density in DENSITIES:
+    for merge in ('mean', 'sum', 'max'):
+      yield Case(
+        'ties',
+        fusion_bench('ties', threshold=density, merge_func=merge, **options),
+        ours(dj.ties, density, 0.3, merge=merge),
+        problems=EVERY,
+      )
+
+
+def _ties_mergekit():
+  for density in (*DENSITIES, 1.0):
+    for merge in ('mean', 'sum'):
+      for weight in (1.0, WEIGHTS):
+        gaps = ['keep exactly floor(density n)'] * (density < 1)
+        gaps += ['weights before the election'] * (weight is WEIGHTS)
+        yield Case(
+          'ties',
+          mergekit(
+            'ties',
+            density=density,
+            weight=weight,
+            normalize=merge == 'mean',
+            lambda_=0.3,
+          ),
+          ours(dj.ties, density, 0.3, merge=merge, scope='leaf'),
+          gap=', '.join(gaps),
+        )
+
+
+def _dare(rescale):
+  case = functools.partial(Case, 'dare', given=DRAWS)
+  for rate in (0.1, 0.5, 0.9):
+    drop = functools.partial(ours, dropped, rate, rescale=rescale)
+    options = {
+      'sparsity_ratio': rate,
+      'only_on_linear_weights': False,
+      'rescale': rescale,
+    }
+    then = {'scaling_factor': 0.3, 'threshold': 0.2, 'merge_func': 'sum'}
+    yield case(
+      fusion_bench('dare_average', **options), drop(then=ours(dj.average))
+    )
+    yield case(
+      fusion_bench('dare_task_arithmetic', scaling_factor=0.3, **options),
+      drop(then=ours(dj.task_arithmetic, 0.3)),
+    )
+    yield case(
+      fusion_bench('dare_ties', remove_keys=[], **then, **options),
+      drop(then=ours(dj.ties, 0.2, 0.3, merge='sum')),
+    )
+    options = {'density': 1 - rate, 'weight': 1.0, 'rescale': rescale}
+    gap = 'rescale to the L1 norm' if rescale else ''
+    yield case(
+      mergekit('dare_linear', lambda_=0.3, **options),
+      drop(then=ours(dj.task_arithmetic, 0.3)),
+      gap=gap,
+    )
+    yield case(
+      mergekit('dare_ties', lambda_=0.3, **options),
+      drop(then=ours(dj.aggregators.elect_mean, 'sum', weights=0.3)),
+      gap=gap,
+    )
+
+
+def _spheres():
+  for t in (0.0, 0.3, 0.5, 1.0):
+    slerp = functools.partial(
+      Case, 'slerp', ours=ours(dj.slerp, t), problems=('pair',)
+    )
+    yield slerp(fusion_bench('slerp', inputs='experts', t=t))
+    yield slerp(mergekit('slerp', inputs='first', t=t))
+  nuslerp = functools.partial(Case, 'nuslerp', problems=('pair',))
+  weight = [0.7, 0.3]
+  yield nuslerp(mergekit('nuslerp', weight=weight))
+  yield nuslerp(mergekit('nuslerp', inputs='experts', weight=weight))
+  for by_row in (True, False):
+    options = {'nuslerp_flatten': False, 'nuslerp_row_wise': by_row}
+    yield nuslerp(mergekit('nuslerp', weight=weight, **options))
+  for steps in (1, 10, 100):
+    yield Case('karcher', mergekit('karcher', inputs='experts', max_iter=steps))
+  yield Case('multislerp', mergekit('multislerp', weight=WEIGHTS))
+
+
+def _elementwise():
+  for filter_wise in (True, False):
+    yield Case('model_stock', mergekit('model_stock', filter_wise=filter_wise))
+  yield Case('model_stock', fusion_bench('model_stock'))
+  yield Case('model_stock', fusion_bench('model_stock'), problems=('pair',))
+  for rescale in (True, False):
+    options = {'density': 0.5, 'epsilon': 0.2, 'weight': 1.0}
+    yield Case('della', mergekit('della', rescale=rescale, **options))
+    yield Case('della', mergekit('della_linear', rescale=rescale, **options))
+  for gamma in (0.05, 0.3):
+    options = {'density': 0.8, 'gamma': gamma, 'weight': 1.0}
+    yield Case('breadcrumbs', mergekit('breadcrumbs', **options))
+    yield Case('breadcrumbs', mergekit('breadcrumbs_ties', **options))
+  for topk in (0.2, 1.0):
+    yield Case('sce', mergekit('sce', select_topk=topk))
+  yield Case('magmax', fusion_bench('magmax', scaling_factor=0.5))
+  options = {'tall_mask_lambda': 0.4}
+  yield Case('tall_mask', fusion_bench('tall_mask', **options))
+  options |= {'scaling_factor': 0.3}
+  for k in (1, 2, 3):
+    yield Case('consensus', fusion_bench('consensus', prun_thre_k=k, **options))
+  yield Case('emr', fusion_bench('emr'))
+
+
+def _spectral():
+  yield Case('tsv_m', fusion_bench('tsv_m', alpha=0.8))
+  options = {'scaling_factor': 0.8}
+  yield Case('iso_c', fusion_bench('iso_c', **options))
+  for share in (0.6, 0.8):
+    yield Case(
+      'iso_cts', fusion_bench('iso_cts', common_space_fraction=share, **options)
+    )
+  yield Case('wudi', fusion_bench('wudi', iter_num=50))
+  for merge in ('mean', 'sum'):
+    yield Case(
+      'knots',
+      fusion_bench('knots', threshold=0.3, merge_func=merge, **options),
+    )
+
+
+def _with_statistics():
+  for normalize in (True, False):
+    yield Case(
+      'fisher', fusion_bench('fisher', normalize_fisher_weight=normalize)
+    )
+  for ratio in (1.0, 0.9):
+    yield Case(
+      'regmean', fusion_bench('regmean', reduce_non_diagonal_ratio=ratio)
+    )
+
+
+CASES = (
+  *_averages(),
+  *_task_arithmetic(),
+  *_ties_fusion_bench(),
+  *_ties_mergekit(),
+  *_dare(rescale=True),
+  *_dare(rescale=False),
+  *_spheres(),
+  *_elementwise(),
+  *_spectral(),
+  *_with_statistics(),
+)

@@ -1,0 +1,24 @@
+"""Runs mergekit's methods, by their registered names, on given files."""
+
+from mergekit.merge_methods.api import merge_state_dicts
+
+from benchmarks import peer_files
+
+
+def merge(job: peer_files.Job) -> peer_files.State:
+  """Merges as `mergekit-pytorch` would, but with given draws."""
+  models = {f'expert_{k}': x for k, x in enumerate(job.experts)}
+  base = {'base': 'base', 'first': 'expert_0', 'experts': None}[job.inputs]
+  if base == 'base':
+    models = {'base': job.base, **models}
+  # mergekit goes leaf by leaf, and draws for one model after the other.
+  uniform = job.each('uniform')
+  draws = peer_files.Draws([x[name] for name in job.base for x in uniform])
+  with draws.patch():
+    return merge_state_dicts(
+      models, job.method, parameters=job.options, base=base
+    )
+
+
+if __name__ == '__main__':
+  peer_files.run(merge, ('mergekit',))
