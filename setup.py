@@ -38,7 +38,12 @@ EXPERIMENTS = [
   'mlxtend>=0.23.4',
   'scikit-learn>=1.5',
 ]
-BENCH: list[str] = []
+# Install a torch for your device first: pip's own for Linux brings CUDA.
+BENCH = [
+  'fusion-bench==0.2.33',
+  'mergekit==0.1.5',
+  'torch>=2.13',
+]
 TEST = [
   *DATA,
   *EXPERIMENTS,

@@ -19,6 +19,7 @@ import json
 import os
 from pathlib import Path
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,59 +60,49 @@ SHAPES = {
   'layers/1/tall/bias': (17,),
   'layers/2/square/weight': (8, 8),
   'norm/weight': (7,),
-  'patch/weight': (4, 3, 2, 2),
+  'patch/weight': (3, 2, 4, 5),
 }
 EXPERTS = {'plain': 3, 'tied': 3, 'still': 3, 'pair': 2}
 """Number of experts by kind of problem, see `make_problem`."""
+STILL = {'embed/weight': 3, 'layers/2/square/weight': 1, 'norm/weight': 2}
+"""How many experts did not move a leaf of a 'still' problem."""
 
 
 def make_problem(folder: Path, kind: str, seed: int) -> None:
-  """Writes a base, its experts, and what methods read beside them.
+  """Writes a base, its experts, and what some methods read beside them.
 
   Args:
-    folder: to write safetensors files into.
+    folder: to write safetensors files into: `base`, `expert_<k>`; and, with a
+      leading task axis, `uniform` draws, `fisher` diagonals and `gram` matrices
+      of the inputs of `layers`.
     kind: 'plain', or 'pair' for two experts: normal values, task vectors of
-      different size; 'tied': multiples of 1/8, so that magnitudes are equal,
-      sums are zero and entries are; 'still': leaves that no expert, or not
-      every expert, moved.
+      different sizes; 'tied': multiples of 1/8, so that magnitudes are equal
+      and sums are zero; 'still': leaves that not every expert, or none, moved.
     seed: of the values.
   """
   rng = np.random.default_rng([seed, *kind.encode()])
   num = EXPERTS[kind]
-  base = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
   sizes = np.linspace(0.2, 0.6, num)
-  deltas = {
-    name: np.stack([size * rng.normal(size=shape) for size in sizes])
-    for name, shape in SHAPES.items()
-  }
-  if kind == 'tied':
-    base, deltas = (
-      {name: np.round(8 * x) / 8 for name, x in values.items()}
-      for values in (base, deltas)
-    )
-  if kind == 'still':
-    deltas['embed/weight'][:] = 0
-    deltas['layers/2/square/weight'][0] = 0
-    deltas['norm/weight'][1:] = 0
-  stacked = {
-    'uniform': {
-      name: rng.uniform(size=(num, *shape)) for name, shape in SHAPES.items()
-    },
-    'fisher': {
-      name: rng.gamma(0.5, size=(num, *shape)) for name, shape in SHAPES.items()
-    },
-    'gram': {},
-  }
+  models = {name: {} for name in ('base', 'uniform', 'fisher', 'gram')}
+  experts = [{} for _ in range(num)]
   for name, shape in SHAPES.items():
-    if len(shape) == 2 and name.startswith('layers'):
+    base = rng.normal(size=shape)
+    deltas = np.stack([size * rng.normal(size=shape) for size in sizes])
+    if kind == 'tied':
+      base, deltas = np.round(8 * base) / 8, np.round(8 * deltas) / 8
+    if kind == 'still':
+      deltas[: STILL.get(name, 0)] = 0
+    models['base'][name] = base
+    models['uniform'][name] = rng.uniform(size=deltas.shape)
+    models['fisher'][name] = rng.gamma(0.5, size=deltas.shape)
+    if name.startswith('layers') and len(shape) == 2:
       x = rng.normal(size=(num, 3 * shape[1], shape[1]))
       gram = x.swapaxes(1, 2) @ x / x.shape[1]
-      stacked['gram'][name.removesuffix('/weight')] = gram
-  models = {'base': base} | {
-    f'expert_{k}': {name: base[name] + deltas[name][k] for name in SHAPES}
-    for k in range(num)
-  }
-  for name, leaves in (models | stacked).items():
+      models['gram'][name.removesuffix('/weight')] = gram
+    for expert, delta in zip(experts, deltas, strict=True):
+      expert[name] = base + delta
+  models |= {f'expert_{k}': expert for k, expert in enumerate(experts)}
+  for name, leaves in models.items():
     leaves = {path: x.astype(np.float32) for path, x in leaves.items()}
     checkpoint.save_params(folder / f'{name}.safetensors', leaves)
 
@@ -121,9 +112,9 @@ def load(path: Path) -> Any:
   return jax.tree.map(jnp.asarray, checkpoint.load_params(path))
 
 
-def load_models(folder: Path, num: int) -> tuple[Any, Any]:
+def load_models(folder: Path) -> tuple[Any, Any]:
   """Reads the base and the stacked experts of a problem."""
-  paths = [folder / f'expert_{k}.safetensors' for k in range(num)]
+  paths = sorted(folder.glob('expert_*.safetensors'))
   models = checkpoint.load_experts(
     folder / 'base.safetensors', {path.stem: path for path in paths}
   )
@@ -214,11 +205,16 @@ def run_peer(
     Versions of the peer's packages.
 
   Raises:
+    ValueError: where there is no such Python.
     RuntimeError: where the peer fails, with the end of what it printed.
   """
+  found = shutil.which(python)
+  if found is None:
+    raise ValueError(f'{name}: no such program: {python}')
+  folder = folder.resolve()
   (folder / f'{name}.jobs.json').write_text(json.dumps(jobs))
   done = subprocess.run(
-    [python, '-m', f'benchmarks.peer_{name}', folder, name],
+    [os.path.abspath(found), '-m', f'benchmarks.peer_{name}', folder, name],
     cwd=folder,
     env={**os.environ, 'PYTHONPATH': str(ROOT)},
     stdout=subprocess.PIPE,
@@ -311,7 +307,7 @@ def _differences(i, case, folder, problems):
   for problem in problems:
     at = folder / problem
     given = {n: load(at / f'{n}.safetensors') for n in case.given.values()}
-    ours = merge(*load_models(at, EXPERTS[problem.split('_')[0]]), given)
+    ours = merge(*load_models(at), given)
     peer = load(folder / 'merged' / f'{i}_{problem}.safetensors')
     yield difference(ours, peer, case.tolerance)
 

@@ -228,7 +228,7 @@ def _spectral():
   yield Case('tsv_m', fusion_bench('tsv_m', alpha=0.8))
   options = {'scaling_factor': 0.8}
   yield Case('iso_c', fusion_bench('iso_c', **options))
-  for share in (0.6, 0.8):
+  for share in (0.3, 0.8):
     yield Case(
       'iso_cts', fusion_bench('iso_cts', common_space_fraction=share, **options)
     )

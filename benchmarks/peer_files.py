@@ -1,12 +1,14 @@
 """What the runners of the peers share: jobs in, merged tensors out.
 
-A runner is `python -m benchmarks.peer_<name> FOLDER` in the peer's own
-environment. It reads `FOLDER/jobs.json`, runs the peer's code on each job's
-safetensors files and writes `FOLDER/merged/<job>.safetensors`, and the
-versions that it ran to `FOLDER/<name>.json`.
+A runner is `python -m benchmarks.peer_<name> FOLDER <name>` in the peer's own
+environment, which needs neither JAX nor dam_jax. It reads the jobs in
+`FOLDER/<name>.jobs.json`, has the peer merge the safetensors files of each and
+writes `FOLDER/merged/<out>.safetensors`, and what it ran to
+`FOLDER/<name>.versions.json`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -59,30 +61,29 @@ class Job:
     return [{n: x[k] for n, x in stacked.items()} for k in range(num)]
 
 
-@dataclasses.dataclass
-class Draws:
-  """Given draws in place of torch's: an entry is kept where it is above 1 - p.
+@contextlib.contextmanager
+def given_draws(draws: Sequence[torch.Tensor]) -> Iterator[None]:
+  """Puts given draws in place of torch's: kept is what exceeds 1 - p.
 
-  Attributes:
-    queue: uniform draws, one tensor a call, in the order of the calls.
+  Args:
+    draws: uniform, one a call, in the order of the calls.
+
+  Raises:
+    RuntimeError: where some of them, but not all, were drawn.
   """
+  queue = list(draws)
 
-  queue: list[torch.Tensor]
+  def rand_like(tensor: torch.Tensor) -> torch.Tensor:
+    return queue.pop(0).reshape(tensor.shape)
 
-  def _next(self, like: torch.Tensor) -> torch.Tensor:
-    return self.queue.pop(0).reshape(like.shape)
-
-  def rand_like(self, tensor: torch.Tensor) -> torch.Tensor:
-    return self._next(tensor)
-
-  def bernoulli(self, probability: torch.Tensor) -> torch.Tensor:
-    kept = self._next(probability) > 1 - probability
+  def bernoulli(probability: torch.Tensor) -> torch.Tensor:
+    kept = rand_like(probability) > 1 - probability
     return kept.to(probability.dtype)
 
-  def patch(self) -> Any:
-    return mock.patch.multiple(
-      torch, rand_like=self.rand_like, bernoulli=self.bernoulli
-    )
+  with mock.patch.multiple(torch, rand_like=rand_like, bernoulli=bernoulli):
+    yield
+  if 0 < len(queue) < len(draws):
+    raise RuntimeError(f'{len(queue)} of {len(draws)} draws are left')
 
 
 def run(merge: Callable[[Job], State], packages: Sequence[str]) -> None:

@@ -107,8 +107,8 @@ def _algorithm(job: Job) -> State:
     names = _linear(model)
   # FusionBench goes model by model, and draws for one leaf after the other.
   uniform = job.each('uniform')
-  draws = peer_files.Draws([x[name] for x in uniform for name in names])
-  with draws.patch():
+  draws = [x[name] for x in uniform for name in names]
+  with peer_files.given_draws(draws):
     merged = ALGORITHMS[job.method](**job.options).run(_pool(job))
   return dict(merged.state_dict())
 

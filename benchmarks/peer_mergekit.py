@@ -13,8 +13,8 @@ def merge(job: peer_files.Job) -> peer_files.State:
     models = {'base': job.base, **models}
   # mergekit goes leaf by leaf, and draws for one model after the other.
   uniform = job.each('uniform')
-  draws = peer_files.Draws([x[name] for name in job.base for x in uniform])
-  with draws.patch():
+  draws = [x[name] for name in job.base for x in uniform]
+  with peer_files.given_draws(draws):
     return merge_state_dicts(
       models, job.method, parameters=job.options, base=base
     )

@@ -29,6 +29,13 @@ def pytest_addoption(parser):
     metavar='FOLDER',
     help='arrays of the reference implementation to compare with',
   )
+  for peer in ('fusion_bench', 'mergekit'):
+    parser.addoption(
+      f'--{peer}_python',
+      default='',
+      metavar='PYTHON',
+      help=f'an environment with {peer} to compare with',
+    )
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -82,7 +82,8 @@ def imported_distributions(paths):
   }
   tops = {name.split('.')[0] for path in paths for name in imported(path)}
   tops -= local | sys.stdlib_module_names
-  return {canonical(owner) for top in tops for owner in owners[top][:1]}
+  # What is not installed, such as the benchmarks' peers, is its own owner.
+  return {canonical(owners.get(top, [top])[0]) for top in tops}
 
 
 def canonical(requirement):

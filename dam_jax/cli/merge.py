@@ -188,9 +188,11 @@ def _run_check(args: argparse.Namespace) -> int:
 
 
 def _run_adapter(job: jobs.Job, args: argparse.Namespace) -> int:
+  if args.overwrite or args.format == 'orbax':
+    raise ValueError('an adapter is a new folder of safetensors')
   merged = adapters.merge(job, args.rank)
   first = checkpoint.open_lora(next(iter(job.experts.values())))
-  checkpoint.save_lora(args.out, merged, like=first, overwrite=args.overwrite)
+  checkpoint.save_lora(args.out, merged, like=first)
   ranks = {path: f.rank for path, f in merged.factors.items()}
   if args.json:
     command.emit({'out': args.out, 'ranks': ranks})
