@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 from typing import Any
@@ -37,6 +38,8 @@ class Job:
       `dam_jax.checkpoint.fit_rows`.
     dtype: of what is written; None keeps the base's.
     max_shard_bytes: of a file of weights.
+    carry: folder whose config, tokenizer, processor and licence are copied;
+      that of the base if it has a config.json, where None.
     workers: how many leaves are under way at a time.
   """
 
@@ -51,6 +54,7 @@ class Job:
   vocabulary: Sequence[tuple[str, str]] = ()
   dtype: str | None = None
   max_shard_bytes: float = 5e9
+  carry: str | None = None
   workers: int = 2
 
 
@@ -276,8 +280,6 @@ def run(
     raise ValueError(f'{out} exists: it is not replaced')
   path = target.with_name(f'.{target.name}.safetensors') if orbax else target
   lone = path.suffix == '.safetensors'
-  folder = plan.base.folder
-  carried = folder is not None and (folder / 'config.json').exists()
   with concurrent.futures.ThreadPoolExecutor(1) as hasher:
     hashes = hasher.submit(_hashes, plan)
     writer = checkpoint.ModelWriter(
@@ -289,7 +291,7 @@ def run(
       metadata=_record(plan, hashes.result(), command).metadata()
       if lone
       else None,
-      carry=folder if carried and not lone else None,
+      carry=_carried(plan, lone),
       plan=_identity(plan),
       alias=plan.tied,
       overwrite=overwrite or orbax,
@@ -321,6 +323,16 @@ def run(
   return record
 
 
+def _carried(plan: Plan, lone: bool) -> pathlib.Path | None:
+  """Returns the folder whose files go with the merged model's."""
+  if plan.job.carry is not None:
+    return pathlib.Path(plan.job.carry)
+  folder = plan.base.folder
+  if lone or folder is None or not (folder / 'config.json').exists():
+    return None
+  return folder
+
+
 def _inputs(plan: Plan) -> dict[str, list[pathlib.Path]]:
   """Returns the files of each model by its name."""
   return {
@@ -347,6 +359,12 @@ def _hashes(plan: Plan) -> dict[str, dict[str, str]]:
   }
 
 
+def _name(path: str) -> str:
+  """Returns what a model is called after its file or folder."""
+  found = pathlib.Path(os.path.abspath(path))
+  return found.stem if found.suffix == '.safetensors' else found.name
+
+
 def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
   job, folder = plan.job, plan.base.folder
   combined = {n: checkpoint.combined_hash(found) for n, found in hashes.items()}
@@ -364,7 +382,7 @@ def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
     }
     | dict(job.options),
     seed=int(job.options.get('seed', 0)),
-    base={job.base: combined.pop('base')},
+    base={_name(job.base): combined.pop('base')},
     experts=combined,
     references=[f'[{title}]({url})' for title, url in cited],
     rules=[
@@ -375,5 +393,8 @@ def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
     dtype=job.dtype,
     command=command,
     license=checkpoint.read_license(folder) if folder else {},
-    extra={'tied': dict(plan.tied), 'paths': dict(job.experts)},
+    extra={
+      'tied': dict(plan.tied),
+      'paths': {'base': job.base, **job.experts},
+    },
   )

@@ -56,6 +56,11 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
   )
   add('--dtype', choices=('float32', 'bfloat16', 'float16'), help='to write')
   add('--shard-gb', type=float, default=None, help='of a file, 5 by default')
+  add(
+    '--carry',
+    metavar='FOLDER',
+    help="to copy config, tokenizer and licence from; the base's if not given",
+  )
   add('--workers', type=int, default=None, help='leaves at a time, 2')
   add('--config', metavar='FILE', help='JSON with any of these, overridden')
 
@@ -142,6 +147,7 @@ def _job(args: argparse.Namespace) -> jobs.Job:
     'base': args.base,
     'method': args.method,
     'dtype': args.dtype,
+    'carry': args.carry,
     'workers': args.workers,
     'max_shard_bytes': args.shard_gb and args.shard_gb * 1e9,
   }

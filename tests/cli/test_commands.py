@@ -305,3 +305,34 @@ def test_methods_are_listed_with_reference(capsys):
   assert found['ties']['url'] == 'https://arxiv.org/abs/2306.01708'
   assert found['weighted_average']['options']['weights'] == 'required'
   assert cli.main(['methods', 'tie']) == 2
+
+
+def test_output_says_what_it_is_made_of(files):
+  carry = files / 'carry'
+  carry.mkdir()
+  (carry / 'config.json').write_text('{"dtype": "float32", "x": 1}')
+  _, out = merge(
+    files,
+    f'--carry={carry}',
+    '--dtype=float16',
+    '--rule=embed/.*=slow',
+    '--set=slow.scale=0.1',
+    method='task_arithmetic',
+  )
+  assert json.loads((out / 'config.json').read_text())['dtype'] == 'float16'
+  text = (out / 'merge_record.json').read_text()
+  record = checkpoint.MergeRecord.from_json(text)
+  assert record.experts['a'] == checkpoint.file_hash(files / 'a.safetensors')
+  assert record.hyperparameters == {'scale': 0.3}
+  assert record.rules == [['embed/.*', '{"scale": 0.1}']]
+  card = (out / 'README.md').read_text()
+  for part in (
+    record.experts['b'],
+    '2212.04089',
+    'No security report was made',
+  ):
+    assert part in card
+  _, lone = merge(files, out='lone.safetensors')
+  kept = json.loads(checkpoint.load_metadata(lone)['merge_record'])
+  assert kept['method'] == 'average'
+  assert 'average' in (files / 'lone.md').read_text()
