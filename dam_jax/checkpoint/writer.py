@@ -226,8 +226,10 @@ class ModelWriter:
     lines = [line for line in lines if line.endswith(b'\n')]
     if self._resumable and whole and head == self._head:
       os.ftruncate(journal, len(head) + sum(map(len, lines)))
-      self.done = frozenset(json.loads(line) for line in lines)
-      self._taken |= self.done
+      self._taken |= {json.loads(line) for line in lines}
+      shared = {p for p, s in self._alias.items() if s in self._taken}
+      self.done = frozenset(self._taken | shared)
+      self._clear_all_but(set(files))
       logging.info('%s: goes on, %d leaves are done', self._target, len(lines))
       return
     if head:
@@ -237,8 +239,8 @@ class ModelWriter:
       )
     os.ftruncate(journal, 0)
     os.fsync(journal)
-    shutil.rmtree(self._content, ignore_errors=True)
-    self._content.mkdir()
+    self._content.mkdir(exist_ok=True)
+    self._clear_all_but(set())
     need, free = sum(files.values()), shutil.disk_usage(self._content).free
     if need > free:
       raise ValueError(
@@ -250,6 +252,13 @@ class ModelWriter:
     _flush(self._content)
     self._append(journal, self._head)
     _flush(self._temporary)
+
+  def _clear_all_but(self, kept: set[pathlib.Path]) -> None:
+    for path in set(self._content.iterdir()) - kept:
+      if path.is_dir():
+        shutil.rmtree(path)
+      else:
+        path.unlink()
 
   def _append(self, journal: int, line: bytes) -> None:
     os.write(journal, line)
@@ -285,8 +294,8 @@ class ModelWriter:
       if not fits:
         self._overflow.append(path)
         return
-      lines = ''.join(json.dumps(p) + '\n' for p in places)
-      self._append(self._open_journal(path), lines.encode())
+      line = json.dumps(path) + '\n'
+      self._append(self._open_journal(path), line.encode())
 
   def _open_journal(self, path: str) -> int:
     if self._journal is None:

@@ -402,6 +402,35 @@ def test_another_plan_starts_over_and_says_so(tmp_path, caplog, change):
   assert set(checkpoint.open_model(target).leaves) == set(params)
 
 
+def test_run_that_failed_at_the_end_goes_on_without_its_remains(tmp_path):
+  base, params = tmp_path / 'base', {'w': np.ones(2), 'v': np.zeros(2)}
+  (base / 'additional_chat_templates').mkdir(parents=True)
+  (base / 'vocab.txt').write_text('old')
+  leaves = abstract({**params, 'u': params['w']})
+  options = {'carry': base, 'plan': PLAN, 'alias': {'u': 'w'}}
+
+  def run(*, fail):
+    with checkpoint.ModelWriter(tmp_path / 'm', leaves, **options) as writer:
+      for name in params.keys() - writer.done:
+        writer.put(name, params[name])
+      writer.add_file('notes' if fail else 'README.md', 'text')
+      if fail:
+        writer.add_file('n' * 300, 'a name that no disk takes')
+    return writer
+
+  with pytest.raises(OSError, match='too long'):
+    run(fail=True)
+  assert not (tmp_path / 'm').exists()
+  assert run(fail=False).done == {'u', 'v', 'w'}
+  check(tmp_path / 'm', {**params, 'u': params['w']})
+  assert sorted(path.name for path in (tmp_path / 'm').iterdir()) == [
+    'README.md',
+    'additional_chat_templates',
+    'model.safetensors',
+    'vocab.txt',
+  ]
+
+
 def test_all_missing_leaves_are_named(tmp_path):
   with pytest.raises(ValueError, match='is not written') as error:
     write(tmp_path / 'm', make(), only=['a/b', 'scalar', 'empty', 'step'])
@@ -504,6 +533,8 @@ def test_bad_puts_are_refused(tmp_path):
       with pytest.raises(ValueError, match='cannot add the file'):
         writer.add_file(name, 'text')
   check(tmp_path / 'm', make())
+  with pytest.raises(ValueError, match='a/b: the writer is not open'):
+    writer.put('a/b', make()['a/b'])
 
 
 def test_full_disk_is_told_before_any_work(tmp_path):
