@@ -131,6 +131,8 @@ def elect_mean(
     updates, state, params=None, *, sum_parts=selection.whole, **extra_args
   ):
     del params, extra_args
+    if not jax.tree.leaves(updates):
+      return updates, state
     transforms.check_weights(weights, updates)
     flat = tree.ravel(updates, leading=1)
     tau = flat.vector

@@ -18,6 +18,8 @@ from jax.typing import ArrayLike
 import numpy as np
 import optax
 
+from dam_jax import selection
+
 
 def _is_float(x: Any) -> bool:
   return jnp.issubdtype(x.dtype, jnp.floating)
@@ -33,6 +35,21 @@ def is_kernel(x: Any, axes: int) -> bool:
   return axes >= 2 and _is_float(x)
 
 
+def _named(
+  group: str, tx: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+  """Sums over the leaves of a group alone where the model comes in parts."""
+  tx = optax.with_extra_args_support(tx)
+
+  def update_fn(
+    updates, state, params=None, *, sum_parts=selection.whole, **extra_args
+  ):
+    sum_parts = selection.within(sum_parts, group)
+    return tx.update(updates, state, params, sum_parts=sum_parts, **extra_args)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
 def split(
   tx: optax.GradientTransformation,
   others: optax.GradientTransformation,
@@ -40,8 +57,8 @@ def split(
 ) -> optax.GradientTransformationExtraArgs:
   """Applies one transformation to matrices, another to all other leaves."""
   txs: dict[Hashable, optax.GradientTransformation] = {
-    'matrix': tx,
-    'other': others,
+    'matrix': _named('matrix', tx),
+    'other': _named('other', others),
   }
 
   def partition(tree, leading):

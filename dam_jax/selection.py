@@ -30,7 +30,8 @@ SumParts = Callable[..., Any]
 """`(part, finish, *args) -> finish(total, *args)`.
 
 The total is over all parts of a model. `finish` may be called outside of
-tracing, so what it needs that is traced comes in `args`.
+tracing, so what it needs that is traced comes in `args`. Transformations that
+share a model's leaves among them tell their sums apart by `within`.
 """
 
 _HALF = 16
@@ -48,6 +49,21 @@ def whole(part: jax.Array, finish: Callable[..., Any], *args: Any) -> Any:
     `finish(part, *args)`.
   """
   return finish(part, *args)
+
+
+def within(sum_parts: SumParts, group: str) -> SumParts:
+  """Names the leaves of a model that a transformation works on.
+
+  Args:
+    sum_parts: over all leaves.
+    group: a name that no other transformation of these leaves has.
+
+  Returns:
+    What sums over the leaves of the group.
+  """
+  if sum_parts is whole:
+    return whole
+  return functools.partial(sum_parts, group=group)
 
 
 def _by_bits(

@@ -45,20 +45,20 @@ Tx = optax.GradientTransformation
 class _Asked(Exception):
   """A transformation asks for a sum over the model that is not known yet."""
 
-  def __init__(self, part, finish, args):
-    self.part, self.finish, self.args = part, finish, args
+  def __init__(self, group, part, finish, args):
+    self.group, self.part, self.finish, self.args = group, part, finish, args
 
 
 class _Answers:
-  """A `SumParts` that knows the answers to the first questions only."""
+  """A `SumParts` that knows the answers to each group's first questions."""
 
   def __init__(self, known):
-    self._known = iter(known)
+    self._known = {group: iter(answers) for group, answers in known.items()}
 
-  def __call__(self, part, finish, *args):
-    for answer in self._known:
+  def __call__(self, part, finish, *args, group=''):
+    for answer in self._known.get(group, ()):
       return answer
-    raise _Asked(part, finish, args)
+    raise _Asked(group, part, finish, args)
 
 
 def _is_float(struct: Any) -> bool:
@@ -156,7 +156,7 @@ def _update(tx, answers, salt, base, experts, *, on_question=None):
     )
   except _Asked as asked:
     if on_question is not None:
-      on_question(asked.finish)
+      on_question(asked)
     return {'part': asked.part, 'args': asked.args}
   # A sum finds what is not finite many times faster than isfinite().all().
   sums = [jnp.sum(x, dtype=jnp.float32) for x in (base, *experts)]
@@ -244,7 +244,7 @@ def merge_leaves(
 
 
 def _question(update, answers, structs):
-  """Returns `(finish, what it is asked of a leaf)` of the next question."""
+  """Returns `(group, finish, what it is asked)` of a leaf's next question."""
   asked = []
   out = jax.eval_shape(
     functools.partial(update, on_question=asked.append),
@@ -253,11 +253,15 @@ def _question(update, answers, structs):
     structs[0],
     structs[1:],
   )
-  return (asked[0], out) if asked else None
+  return (asked[0].group, asked[0].finish, out) if asked else None
+
+
+def _with(answers, group, answer):
+  return {**answers, group: (*answers.get(group, ()), answer)}
 
 
 def passes(tx: Tx, num: int) -> int:
-  """Counts how often a merge by leaves reads each leaf.
+  """Counts how often a merge by leaves reads a matrix.
 
   Args:
     tx: maps task vectors `[K, ...]` to one update.
@@ -272,12 +276,12 @@ def passes(tx: Tx, num: int) -> int:
   """
   update = functools.partial(_update, optax.with_extra_args_support(tx))
   structs = [jax.ShapeDtypeStruct((2, 2), jnp.float32)] * (1 + num)
-  answers = ()
+  count, answers = 1, {}
   while (question := _question(update, answers, structs)) is not None:
-    finish, out = question
+    group, finish, out = question
     answer = jax.eval_shape(finish, out['part'], *out['args'])
-    answers = (*answers, answer)
-  return 1 + len(answers)
+    count, answers = count + 1, _with(answers, group, answer)
+  return count
 
 
 class _Sweep:
@@ -287,6 +291,7 @@ class _Sweep:
     self._update = functools.partial(_update, optax.with_extra_args_support(tx))
     self._jitted = jax.jit(self._update)
     self._sources, self._pool, self._on_leaf = sources, pool, on_leaf
+    self._group: dict[str, str] = {}
 
   def run(self, answers, paths, finish):
     """Runs the update with what is known of the model, leaf by leaf."""
@@ -304,29 +309,43 @@ class _Sweep:
 
   def answers(self, paths):
     """Answers all questions about the whole model, a pass for each."""
-    structs = [s.leaves[paths[0]] for s in self._sources]
-    answers = ()
-    while (question := _question(self._update, answers, structs)) is not None:
-      finish, _ = question
-      answers = (*answers, self._answer(finish, answers, paths))
+    answers = {}
+    while asking := self._asking(answers, paths):
+      found = self._sum(answers, [path for path in paths if path in asking])
+      for group, (total, args) in found.items():
+        finish = next(f for g, f in asking.values() if g == group)
+        # Counts of the entries of a large model do not fit 32 bits.
+        with jax.enable_x64(True):
+          answer = finish(jax.tree.map(jnp.asarray, total), *args)
+          answers = _with(answers, group, jax.tree.map(np.asarray, answer))
     return answers
 
-  def _answer(self, finish, answers, paths):
-    total, args, lock = None, (), threading.Lock()
+  def _asking(self, answers, paths):
+    """Returns `(group, finish)` of the leaves that have a next question."""
+    kinds, found = {}, {}
+    for path in paths:
+      structs = [s.leaves[path] for s in self._sources]
+      kind = tuple((s.shape, s.dtype) for s in structs)
+      if kind not in kinds:
+        kinds[kind] = _question(self._update, answers, structs)
+      if kinds[kind] is not None:
+        group, finish, _ = kinds[kind]
+        self._group[path], found[path] = group, (group, finish)
+    return found
+
+  def _sum(self, answers, paths):
+    """Returns what is asked, summed over leaves, by group."""
+    found, lock = {}, threading.Lock()
 
     def add(path, out):
-      nonlocal total, args
-      del path
       part = jax.tree.map(_wide, out['part'])
       with lock:
+        total, _ = found.get(self._group[path], (None, ()))
         total = part if total is None else jax.tree.map(np.add, total, part)
-        args = out['args']
+        found[self._group[path]] = total, out['args']
 
     self.run(answers, paths, add)
-    # Counts of the entries of a large model do not fit 32 bits.
-    with jax.enable_x64(True):
-      answer = finish(jax.tree.map(jnp.asarray, total), *args)
-      return jax.tree.map(np.asarray, answer)
+    return found
 
 
 def _wide(x: jax.Array) -> np.ndarray:

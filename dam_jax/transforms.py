@@ -96,7 +96,7 @@ def trim(
     updates, state, params=None, *, sum_parts=selection.whole, **extra_args
   ):
     del params, extra_args
-    if scope == 'leaf':
+    if scope == 'leaf' or not jax.tree.leaves(updates):
       return jax.tree.map(leaf_fn, updates), state
     flat = tree.ravel(updates, leading=1)
     kept = _keep_largest(flat.vector, density, more=more, sum_parts=sum_parts)

@@ -143,7 +143,8 @@ def test_versions_agree(metadata):
 @pytest.mark.parametrize(
   ('pattern', 'extras'),
   [
-    ('dam_jax/**/*.py', ['data']),
+    ('dam_jax/**/*.py', ['data', 'experiments']),
+    ('dam_jax/data/*.py', ['data']),
     ('dam_jax/*.py', []),
     ('dam_jax/checkpoint/*.py', []),
     ('dam_jax/models/*.py', []),

@@ -277,6 +277,16 @@ def test_sharded_gives_what_one_device_gives(method):
   assert_close(sharded, single, method.tolerance)
 
 
+def test_leaf_by_leaf_gives_what_the_whole_gives(method):
+  if method is METHODS['partition']:
+    pytest.skip('labels are an argument of merge_leaves')
+  experts = dj.tree.unstack(EXPERTS[method.num])
+  assert_close(
+    dj.streaming.merge(method.tx, BASE, experts),
+    method.merge(BASE, EXPERTS[method.num]).params,
+  )
+
+
 def test_partition_keeps_the_base_where_it_should():
   experts = EXPERTS[3]
   merged = dj.merge(partition(0.3), BASE, experts).params

@@ -227,3 +227,15 @@ def test_tied_leaves_are_those_that_agree_everywhere():
   ]
   found = dj.streaming.tied(Model(base), [Model(e) for e in experts])
   assert found == {'tied': 'body/kernel'}
+
+
+def test_two_kinds_of_leaves_do_not_share_their_sums():
+  tx = dj.knots(dj.ties(0.3), others=dj.ties(0.6))
+  base = {name: BASE['body'][name] for name in ('kernel', 'other')}
+  base['bias'] = np.arange(9, dtype=np.float32)
+  experts = [
+    {**e['body'], 'bias': np.float32(e['body']['bias']) * 100} for e in EXPERTS
+  ]
+  want = dj.merge(tx, base, dj.tree.stack(experts)).params
+  got = dj.streaming.merge(tx, base, experts)
+  chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
