@@ -14,100 +14,9 @@ import optax
 import pytest
 
 import dam_jax as dj
+from tests import papers
 
 SHAPES = {'wide': (7, 10), 'tall': (10, 7), 'square': (9, 9)}
-
-
-def polar(x):
-  u, _, vt = np.linalg.svd(x, full_matrices=False)
-  return u @ vt
-
-
-def tsv_m(taus):
-  """Algorithm 1 of Gargiulo et al., of matrices of full rank."""
-  each = min(taus[0].shape) // len(taus)
-  parts = [np.linalg.svd(tau, full_matrices=False) for tau in taus]
-  left = polar(np.hstack([u[:, :each] for u, _, _ in parts]))
-  right = polar(np.hstack([vt[:each].T for _, _, vt in parts]))
-  values = np.concatenate([s[:each] for _, s, _ in parts])
-  return left @ np.diag(values) @ right.T
-
-
-def iso_c(taus):
-  """Algorithm 1 of Marczak et al."""
-  u, s, vt = np.linalg.svd(sum(taus), full_matrices=False)
-  return s.mean() * u @ vt
-
-
-def iso_cts(taus, common=0.8):
-  """Algorithm 2 of Marczak et al., the rounding of their code."""
-  num, rank = len(taus), min(taus[0].shape)
-  each = round((rank - int(rank * common)) / num)
-  shared = rank - each * num
-  u, s, vt = np.linalg.svd(sum(taus), full_matrices=False)
-  left, values, right = [u[:, :shared]], [s[:shared]], [vt[:shared].T]
-  for tau in taus:
-    rest = tau - left[0] @ left[0].T @ tau
-    u, s, vt = np.linalg.svd(rest, full_matrices=False)
-    left.append(u[:, :each])
-    values.append(s[:each])
-    right.append(vt[:each].T)
-  mean = np.concatenate(values).mean()
-  return mean * polar(np.hstack(left)) @ polar(np.hstack(right)).T
-
-
-def wudi(taus, rate, iterations):
-  """Algorithm 1 of Cheng et al., torch's Adam written out."""
-  delta, first, second = sum(taus), 0, 0
-  for i in range(1, iterations + 1):
-    grad = sum(
-      2 * (delta - tau) @ tau.T @ tau / np.linalg.norm(tau) ** 2 for tau in taus
-    )
-    first = 0.9 * first + 0.1 * grad
-    second = 0.999 * second + 0.001 * grad**2
-    root = np.sqrt(second / (1 - 0.999**i)) + 1e-8
-    delta = delta - rate * first / (1 - 0.9**i) / root
-  return delta
-
-
-def wudi_exact(taus, omega=0.0):
-  """Equation 23 of Cheng et al., the pseudo-inverse for the inverse."""
-  eye = omega * np.eye(taus[0].shape[1])
-  squares = [np.linalg.norm(tau) ** 2 for tau in taus]
-  grams = [
-    (tau.T @ tau + eye) / square
-    for tau, square in zip(taus, squares, strict=True)
-  ]
-  right = sum(tau @ gram for tau, gram in zip(taus, grams, strict=True))
-  return right @ np.linalg.pinv(sum(grams))
-
-
-def ties(vectors, density):
-  """Yadav et al., of `[K, P]` without entries that tie."""
-  sizes = np.abs(vectors)
-  rank = vectors.shape[1] - int(density * vectors.shape[1])
-  kept = np.where(
-    sizes >= np.sort(sizes, axis=1)[:, rank - 1 :][:, :1], vectors, 0
-  )
-  agree = kept * np.sign(kept.sum(0)) > 0
-  return (kept * agree).sum(0) / np.maximum(agree.sum(0), 1)
-
-
-def knots(leaves, *, density=0.2, scaled=False, rank=None):
-  """Section 4 of Stoica et al., all leaves' `V` trimmed together."""
-  bases, parts = [], []
-  for taus in leaves:
-    u, s, vt = np.linalg.svd(np.hstack(list(taus)), full_matrices=False)
-    u, s, vt = u[:, :rank], np.diag(s[:rank]), vt[:rank]
-    bases.append(u if scaled else u @ s)
-    parts.append(np.stack(np.hsplit(s @ vt if scaled else vt, len(taus))))
-  flat = np.hstack([part.reshape(len(part), -1) for part in parts])
-  ends = np.cumsum([part[0].size for part in parts])[:-1]
-  merged = np.split(ties(flat, density), ends)
-  return [
-    basis @ m.reshape(part[0].shape)
-    for basis, m, part in zip(bases, merged, parts, strict=True)
-  ]
 
 
 def each(matrix_fn, **options):
@@ -117,22 +26,25 @@ def each(matrix_fn, **options):
 
 # Each as it is for torch's weights, with what it should give.
 METHODS = {
-  'tsv_m': (dj.tsv_m(), each(tsv_m)),
-  'iso_c': (dj.iso_c(), each(iso_c)),
-  'iso_cts': (dj.iso_cts(input_axis=1), each(iso_cts)),
+  'tsv_m': (dj.tsv_m(), each(papers.tsv_m)),
+  'iso_c': (dj.iso_c(), each(papers.iso_c)),
+  'iso_cts': (dj.iso_cts(input_axis=1), each(papers.iso_cts)),
   'wudi': (
     dj.wudi(1e-2, iterations=20, input_axis=1),
-    each(wudi, rate=1e-2, iterations=20),
+    each(papers.wudi, rate=1e-2, iterations=20),
   ),
-  'wudi_exact': (dj.wudi(solver='exact', input_axis=1), each(wudi_exact)),
+  'wudi_exact': (
+    dj.wudi(solver='exact', input_axis=1),
+    each(papers.wudi_exact),
+  ),
   'wudi_ridge': (
     dj.wudi(solver='exact', ridge=0.5, input_axis=1),
-    each(wudi_exact, omega=0.5),
+    each(papers.wudi_exact, omega=0.5),
   ),
-  'knots': (dj.knots(input_axis=1), knots),
+  'knots': (dj.knots(input_axis=1), papers.knots),
   'knots_scaled': (
     dj.knots(dj.ties(0.4), scaled=True, rank=4, input_axis=1),
-    functools.partial(knots, density=0.4, scaled=True, rank=4),
+    functools.partial(papers.knots, density=0.4, scaled=True, rank=4),
   ),
 }
 FLAX = {
@@ -316,8 +228,8 @@ def test_tsv_m_of_more_tasks_than_singular_values_takes_one_each():
   deltas = {'w': np.random.default_rng(0).normal(size=(5, 2, 4))}
   merged = update(dj.tsv_m(), deltas)['w']
   top = [np.linalg.svd(tau, full_matrices=False) for tau in deltas['w']]
-  left = polar(np.stack([u[:, 0] for u, _, _ in top], axis=1))
-  right = polar(np.stack([vt[0] for _, _, vt in top], axis=1))
+  left = papers.polar(np.stack([u[:, 0] for u, _, _ in top], axis=1))
+  right = papers.polar(np.stack([vt[0] for _, _, vt in top], axis=1))
   assert_close(merged, left * np.array([s[0] for _, s, _ in top]) @ right.T)
 
 
@@ -358,9 +270,9 @@ def test_iso_keeps_what_it_gave_and_the_nuclear_norm_of_low_rank():
 def test_iso_cts_shares_directions_as_told(common, same):
   taus = np.random.default_rng(0).normal(size=(3, 8, 9))
   tx = dj.iso_cts(common=common, input_axis=1)
-  want = iso_cts(list(taus), same)
+  want = papers.iso_cts(list(taus), same)
   assert_close(update(tx, {'w': taus})['w'], want)
-  assert np.allclose(want, iso_c(list(taus))) == (common == 1)
+  assert np.allclose(want, papers.iso_c(list(taus))) == (common == 1)
 
 
 def interference(delta, taus):
@@ -458,7 +370,7 @@ def test_knots_of_factors_is_that_of_their_products(scaled):
     'q': (5, 5),
   }
   got = {key: np.asarray(x) @ np.asarray(right[key]) for key, x in left.items()}
-  want = knots(list(products.values()), scaled=scaled, rank=6)
+  want = papers.knots(list(products.values()), scaled=scaled, rank=6)
   assert_close(got, dict(zip(products, want, strict=True)), 1e-4)
 
 
