@@ -9,6 +9,9 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
+import optax
+
 import dam_jax as dj
 
 EVERY = ('plain', 'tied', 'still')
@@ -74,11 +77,33 @@ DRAWS = {'uniform_fn': 'uniform'}
 
 
 def dropped(
-  rate: float, *, then: Any, uniform_fn: Callable, rescale: bool = True
+  rate: float, *, then: Any, uniform_fn: Callable, rescale: bool | str = True
 ) -> Any:
   """DARE with given draws."""
   drop = dj.transforms.drop(rate, rescale=rescale, uniform_fn=uniform_fn)
   return dj.chain(drop, then())
+
+
+def averaging(factory: Callable, **options: Any) -> Any:
+  """A merge of matrices that averages all other leaves."""
+  return factory(others=dj.average(), **options)
+
+
+def knotted(scale: float, **options: Any) -> Callable:
+  """KnOTS with TIES, layer by layer; other leaves are averaged."""
+
+  def merge(base, experts):
+    ties = dj.ties(scale=scale, scope='leaf', **options)
+    num = jax.tree.leaves(experts)[0].shape[0]
+    txs = {
+      'linear': dj.knots(ties, scaled=True, input_axis=1),
+      'other': dj.task_arithmetic(scale / num),
+    }
+    rules = [('layers/.*/weight', 'linear')]
+    labels = dj.tree.label_by_path(base, rules, default='other')
+    return dj.merge(optax.partition(txs, labels), base, experts).params
+
+  return merge
 
 
 def _averages():
@@ -130,8 +155,6 @@ def _ties_mergekit():
   for density in (*DENSITIES, 1.0):
     for merge in ('mean', 'sum'):
       for weight in (1.0, WEIGHTS):
-        gaps = ['keep exactly floor(density n)'] * (density < 1)
-        gaps += ['weights before the election'] * (weight is WEIGHTS)
         yield Case(
           'ties',
           mergekit(
@@ -141,8 +164,14 @@ def _ties_mergekit():
             normalize=merge == 'mean',
             lambda_=0.3,
           ),
-          ours(dj.ties, density, 0.3, merge=merge, scope='leaf'),
-          gap=', '.join(gaps),
+          ours(
+            dj.ties,
+            density,
+            0.3,
+            merge=merge,
+            weights=None if weight == 1.0 else weight,
+            reading='mergekit',
+          ),
         )
 
 
@@ -168,17 +197,17 @@ def _dare(rescale):
       drop(then=ours(dj.ties, 0.2, 0.3, merge='sum')),
     )
     options = {'density': 1 - rate, 'weight': 1.0, 'rescale': rescale}
-    gap = 'rescale to the L1 norm' if rescale else ''
+    drop = functools.partial(
+      ours, dropped, rate, rescale='mergekit' if rescale else False
+    )
+    elect = ours(
+      dj.aggregators.elect_mean, 'sum', scale=0.3, reading='mergekit'
+    )
     yield case(
       mergekit('dare_linear', lambda_=0.3, **options),
       drop(then=ours(dj.task_arithmetic, 0.3)),
-      gap=gap,
     )
-    yield case(
-      mergekit('dare_ties', lambda_=0.3, **options),
-      drop(then=ours(dj.aggregators.elect_mean, 'sum', weights=0.3)),
-      gap=gap,
-    )
+    yield case(mergekit('dare_ties', lambda_=0.3, **options), drop(then=elect))
 
 
 def _spheres():
@@ -225,18 +254,25 @@ def _elementwise():
 
 
 def _spectral():
-  yield Case('tsv_m', fusion_bench('tsv_m', alpha=0.8))
+  yield Case('tsv_m', fusion_bench('tsv_m', alpha=0.8), ours(dj.tsv_m, 0.8))
   options = {'scaling_factor': 0.8}
-  yield Case('iso_c', fusion_bench('iso_c', **options))
+  yield Case('iso_c', fusion_bench('iso_c', **options), ours(dj.iso_c, 0.8))
   for share in (0.3, 0.8):
     yield Case(
-      'iso_cts', fusion_bench('iso_cts', common_space_fraction=share, **options)
+      'iso_cts',
+      fusion_bench('iso_cts', common_space_fraction=share, **options),
+      ours(dj.iso_cts, 0.8, share, input_axis=1),
     )
-  yield Case('wudi', fusion_bench('wudi', iter_num=50))
+  yield Case(
+    'wudi',
+    fusion_bench('wudi', iter_num=50),
+    ours(averaging, dj.wudi, iterations=50, input_axis=1),
+  )
   for merge in ('mean', 'sum'):
     yield Case(
       'knots',
       fusion_bench('knots', threshold=0.3, merge_func=merge, **options),
+      ours(knotted, 0.8, density=0.3, merge=merge),
     )
 
 
