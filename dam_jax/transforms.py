@@ -27,6 +27,12 @@ from dam_jax.base import is_concrete
 from dam_jax.typing import Deltas
 
 
+def check_finite(name: str, value: ArrayLike) -> None:
+  """Raises unless a concrete value is finite."""
+  if is_concrete(value) and not np.isfinite(float(value)):
+    raise ValueError(f'{name} must be finite, got {value}')
+
+
 def _share(name: str, value: ArrayLike, *, zero: bool, one: bool) -> None:
   """Raises unless a concrete value lies between 0 and 1."""
   if not is_concrete(value):
