@@ -198,7 +198,7 @@ def _dare(rescale):
     )
     options = {'density': 1 - rate, 'weight': 1.0, 'rescale': rescale}
     drop = functools.partial(
-      ours, dropped, rate, rescale='mergekit' if rescale else False
+      ours, dropped, rate, rescale='l1' if rescale else False
     )
     elect = ours(
       dj.aggregators.elect_mean, 'sum', scale=0.3, reading='mergekit'

@@ -6,9 +6,13 @@ two levels, `dam_jax.recipes` for the named methods.
 """
 
 from dam_jax import aggregators
+from dam_jax import competition
+from dam_jax import geometry
+from dam_jax import localization
 from dam_jax import losses
 from dam_jax import masks
 from dam_jax import perturbations
+from dam_jax import pruning
 from dam_jax import selection
 from dam_jax import spectral
 from dam_jax import streaming
@@ -32,7 +36,17 @@ from dam_jax.learned import dam_paper
 from dam_jax.learned import dam_released
 from dam_jax.learned import dam_robust
 from dam_jax.recipes import average
+from dam_jax.recipes import breadcrumbs
+from dam_jax.recipes import consensus
 from dam_jax.recipes import dare
+from dam_jax.recipes import della
+from dam_jax.recipes import emr
+from dam_jax.recipes import karcher
+from dam_jax.recipes import magmax
+from dam_jax.recipes import model_stock
+from dam_jax.recipes import nuslerp
+from dam_jax.recipes import pcb
+from dam_jax.recipes import sce
 from dam_jax.recipes import slerp
 from dam_jax.recipes import task_arithmetic
 from dam_jax.recipes import ties
@@ -56,27 +70,41 @@ __all__ = [
   'adamerging',
   'aggregators',
   'average',
+  'breadcrumbs',
   'chain',
+  'competition',
   'concrete',
+  'consensus',
   'dam',
   'dam_paper',
   'dam_released',
   'dam_robust',
   'dare',
+  'della',
+  'emr',
   'from_transform',
+  'geometry',
   'iso_c',
   'iso_cts',
+  'karcher',
   'keep_base',
   'knots',
   'knots_lora',
+  'localization',
   'losses',
+  'magmax',
   'masks',
   'merge',
+  'model_stock',
+  'nuslerp',
+  'pcb',
   'perturbations',
+  'pruning',
   'repo_awm',
   'repo_sau',
   'scale_tasks',
   'scan_steps',
+  'sce',
   'selection',
   'slerp',
   'spectral',

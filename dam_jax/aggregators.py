@@ -5,7 +5,7 @@ Each is an optax `GradientTransformation` from leaves `[K, *param_shape]` to
 the stacked axis is up to 40 times slower in XLA on a CPU.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 from typing import Any
 
@@ -23,6 +23,40 @@ MERGES = ('mean', 'sum', 'max')
 """How `elect_mean` merges the entries that agree."""
 
 
+SPACES = ('weights', 'delta')
+"""What `slerp` and `dam_jax.geometry.karcher` take the angles of."""
+
+
+def check_space(space: str) -> None:
+  """Raises unless a space is one of `SPACES`."""
+  if space not in SPACES:
+    raise ValueError(f'space must be one of {SPACES}, got {space!r}')
+
+
+def by_leaf(leaf_fn: Callable[..., jax.Array]) -> Callable[..., Any]:
+  """Makes a function of pytrees that reduces each leaf, in float32 or wider.
+
+  It is traced once for all leaves of one shape.
+
+  Args:
+    leaf_fn: `([K, *param_shape], *rest) -> [*param_shape]`, of floating-point
+      leaves.
+
+  Returns:
+    `(updates, *rest) -> update`, in the dtypes of the updates; where a leaf is
+    not floating point, the first task's.
+  """
+
+  @jax.jit
+  def wide_fn(x, *rest):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x[0]
+    wide = np.promote_types(x.dtype, np.float32)
+    return leaf_fn(*(y.astype(wide) for y in (x, *rest))).astype(x.dtype)
+
+  return functools.partial(jax.tree.map, wide_fn)
+
+
 def _sum(terms: jax.Array | Sequence[jax.Array]) -> jax.Array:
   return functools.reduce(jnp.add, terms)
 
@@ -30,6 +64,10 @@ def _sum(terms: jax.Array | Sequence[jax.Array]) -> jax.Array:
 def _balance(sign: jax.Array) -> jax.Array:
   """Counts how many more entries of `[P]` are positive than negative."""
   return jnp.sum(sign.astype(jnp.int32))
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.sum(a * b, axis=-1, keepdims=True)
 
 
 def mean() -> optax.GradientTransformation:
@@ -167,51 +205,64 @@ def elect_mean(
 
 
 def slerp(
-  t: ArrayLike = 0.5, *, parallel: float = 0.9995
+  t: ArrayLike = 0.5,
+  *,
+  parallel: float = 0.9995,
+  space: str = 'weights',
+  unit_axis: int | None = None,
 ) -> optax.GradientTransformation:
   """Interpolates two models on the sphere, leaf by leaf.
 
   `sin((1-t) W) / sin W a + sin(t W) / sin W b`, where `W` is the angle between
-  the weights `a` and `b`; linear where they are nearly parallel.
+  `a` and `b`; linear where they are nearly parallel or one of them is zero.
 
   Args:
     t: 0 gives the first model, 1 the second; may be traced.
     parallel: magnitude of the cosine above which to interpolate linearly.
+    space: whether `a` and `b` are 'weights' or task vectors, 'delta'.
+    unit_axis: None has one angle a leaf; 0 or -1 one for each entry of that
+      axis, such as -1 for each output neuron of a kernel `[in, out]`.
 
   Returns:
-    The transformation; its update needs the base's parameters.
+    The transformation; on weights its update needs the base's parameters.
 
   Raises:
-    ValueError: at update, where there are not two experts or no parameters.
+    ValueError: where space or unit_axis is none of those; at update, where
+      there are not two experts or no parameters.
 
   References:
     Shoemake, `Animating rotation with quaternion curves
     <https://doi.org/10.1145/325165.325242>`_, 1985
   """
+  check_space(space)
+  transforms.check_unit_axis(unit_axis)
 
   def leaf_fn(x, p):
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-      return x[0]
-    wide = np.promote_types(x.dtype, np.float32)
-    p, x = p.astype(wide), x.astype(wide)
-    a, b, s = p + x[0], p + x[1], jnp.asarray(t, wide)
-    norm = jnp.linalg.norm(a) * jnp.linalg.norm(b)
-    cosine = jnp.vdot(a, b) / jnp.where(norm > 0, norm, 1)
+    (p,), _ = transforms.units(p[None], unit_axis)
+    x, restore = transforms.units(x, unit_axis)
+    a, b, s = p + x[0], p + x[1], jnp.asarray(t, x.dtype)
+    norm = jnp.sqrt(_dot(a, a)) * jnp.sqrt(_dot(b, b))
+    cosine = _dot(a, b) / jnp.where(norm > 0, norm, 1)
     linear = (jnp.abs(cosine) > parallel) | (norm == 0)
+    linear |= jnp.all(a == b, axis=-1, keepdims=True)
     angle = jnp.arccos(jnp.where(linear, 0, cosine))
     first = jnp.where(linear, 1 - s, jnp.sin((1 - s) * angle) / jnp.sin(angle))
     second = jnp.where(linear, s, jnp.sin(s * angle) / jnp.sin(angle))
     # Of the weights, as a change of the base: at equal weights it is zero.
-    return first * x[0] + second * x[1] + (first + second - 1) * p
+    excess = jnp.where(linear, 0, first + second - 1)
+    return restore(first * x[0] + second * x[1] + excess * p)
+
+  reduce_fn = by_leaf(leaf_fn)
 
   def slerp_fn(updates, params=None):
     num = jax.tree.leaves(updates)[0].shape[0]
     if num != 2:
       raise ValueError(f'slerp interpolates 2 experts, got {num}')
+    if space == 'delta':
+      params = jax.tree.map(lambda x: jnp.zeros_like(x[0]), updates)
     if params is None:
       raise ValueError('slerp interpolates weights: pass params to update')
-    out = jax.tree.map(leaf_fn, updates, params)
-    return jax.tree.map(lambda o, x: o.astype(x.dtype), out, updates)
+    return reduce_fn(updates, params)
 
   return optax.stateless(slerp_fn)
 

@@ -66,45 +66,102 @@ def within(sum_parts: SumParts, group: str) -> SumParts:
   return functools.partial(sum_parts, group=group)
 
 
-def _by_bits(
-  words: jax.Array, density: ArrayLike, more: int, bits: int
+def _words(x: jax.Array) -> jax.Array:
+  return lax.bitcast_convert_type(x, jnp.dtype(f'uint{8 * x.dtype.itemsize}'))
+
+
+def _settle(
+  words: jax.Array, rank: ArrayLike, i: jax.Array, found: jax.Array
 ) -> jax.Array:
-  """Returns the word of a rank by settling one bit after the other."""
-  rank = _rank(density, more, words.shape[-1])
+  """Settles bit `i` of what a sort of words `[..., P]` would have at a rank.
 
-  def settle(i, found):
-    # The sign is zero: the first bit to settle is the one after it.
-    larger = found | (one << (bits - 2 - i).astype(one.dtype))
-    below = jnp.sum(words < larger[..., None], axis=-1, dtype=jnp.int32)
-    return jnp.where(below < rank, larger, found)
+  The sign is zero: the first bit to settle is the one after it.
+  """
+  one = jnp.ones((), words.dtype)
+  shift = 8 * words.dtype.itemsize - 2 - i
+  larger = found | (one << shift.astype(words.dtype))
+  below = jnp.sum(words < larger[..., None], axis=-1, dtype=jnp.int32)
+  return jnp.where(below < rank, larger, found)
 
-  found, one = jnp.zeros_like(words[..., 0]), jnp.ones((), words.dtype)
-  return lax.fori_loop(0, bits - 1, settle, found)
+
+def ranked(magnitude: jax.Array, rank: ArrayLike) -> jax.Array:
+  """Returns what a sort of `[..., P]` would have at a rank, counted from 1.
+
+  Args:
+    magnitude: `[..., P]`, not negative.
+    rank: from the smallest; may be traced.
+
+  Returns:
+    `[...]`.
+
+  Examples:
+    >>> ranked(jnp.array([3., 1., 2.]), 2)
+    Array(2., dtype=float32)
+  """
+  words = _words(magnitude)
+  found = lax.fori_loop(
+    0,
+    8 * words.dtype.itemsize - 1,
+    functools.partial(_settle, words, rank),
+    jnp.zeros_like(words[..., 0]),
+  )
+  return lax.bitcast_convert_type(found, magnitude.dtype)
+
+
+def reaches(score: jax.Array, rank: ArrayLike) -> jax.Array:
+  """Whether entries of `[..., P]`, not negative, are at least the ranked one.
+
+  Unlike a comparison with what `ranked` returns, this holds for scores that are
+  computed: in another fusion XLA may compute them anew and round otherwise.
+
+  Args:
+    score: `[..., P]`, not negative.
+    rank: from the smallest, counted from 1; may be traced.
+
+  Returns:
+    `[..., P]`.
+  """
+  words = _words(score)
+
+  def settle(i, state):
+    found = _settle(words, rank, i, state[0])
+    return found, words >= found[..., None]
+
+  start = jnp.zeros_like(words[..., 0]), jnp.ones(words.shape, bool)
+  return lax.fori_loop(0, 8 * words.dtype.itemsize - 1, settle, start)[1]
+
+
+def floor_share(share: ArrayLike, size: ArrayLike) -> int | jax.Array:
+  """Returns `floor(share size)`.
+
+  Exact where both are known, in float32 otherwise, as far as its 24 bits go.
+  """
+  if is_concrete(share) and is_concrete(size):
+    return math.floor(np.asarray(share).item() * np.asarray(size).item())
+  size = jnp.asarray(size)
+  kept = jnp.asarray(share, jnp.result_type(float)) * size.astype(
+    jnp.result_type(float)
+  )
+  return jnp.floor(kept).astype(size.dtype)
 
 
 def _rank(density: ArrayLike, more: int, size: int | jax.Array) -> Any:
-  """Returns the threshold's rank, exactly where density and size are known.
-
-  In float32 otherwise, as far as its 24 bits go.
-  """
-  if is_concrete(density) and is_concrete(size):
-    kept = math.floor(np.asarray(density).item() * int(size)) + more
+  """Returns the threshold's rank from the smallest, counted from 1."""
+  kept = floor_share(density, size) + more
+  if isinstance(kept, int):
     return int(size) + 1 - min(max(kept, 1), int(size))
-  size = jnp.asarray(size)
-  kept = jnp.floor(density * size.astype(jnp.result_type(float)))
-  return size + 1 - jnp.clip(kept.astype(size.dtype) + more, 1, size)
+  return size + 1 - jnp.clip(kept, 1, size)
 
 
 def _by_halves(
-  words: jax.Array,
+  magnitude: jax.Array,
   *,
   density: ArrayLike,
   more: int,
-  bits: int,
   sum_parts: SumParts,
 ) -> jax.Array:
-  """Returns the word of a rank by counting 16 bits at a time."""
-  bins = 1 << _HALF
+  """Returns the threshold, found by counting 16 bits at a time."""
+  words, bins = _words(magnitude), 1 << _HALF
 
   def histogram(digits, counted):
     # What is not counted falls into a bin of its own.
@@ -127,14 +184,15 @@ def _by_halves(
   flat = words.reshape(-1, words.shape[-1])
   counted, finish, args = jnp.ones(flat.shape, bool), first, ()
   prefix = jnp.zeros_like(flat[:, 0])
-  for shift in range(bits - _HALF, -1, -_HALF):
+  for shift in range(8 * words.dtype.itemsize - _HALF, -1, -_HALF):
     digits = (flat >> shift) & (bins - 1)
     part = jax.vmap(histogram)(digits, counted)
     found, rank = sum_parts(part, finish, *args)
     prefix = (prefix << _HALF) | found
     counted = flat >> shift == prefix[:, None]
     finish, args = locate, (rank,)
-  return prefix.reshape(words.shape[:-1])
+  found = prefix.reshape(words.shape[:-1])
+  return lax.bitcast_convert_type(found, magnitude.dtype)
 
 
 def threshold(
@@ -156,18 +214,13 @@ def threshold(
   Returns:
     `[...]`, one of the entries, bit for bit.
   """
-  bits = magnitude.dtype.itemsize * 8
-  words = lax.bitcast_convert_type(magnitude, jnp.dtype(f'uint{bits}'))
   by_halves = functools.partial(
-    _by_halves, density=density, more=more, bits=bits, sum_parts=sum_parts
+    _by_halves, density=density, more=more, sum_parts=sum_parts
   )
-  if sum_parts is whole:
-    # Counting into bins is the faster on a CPU only.
-    found = lax.platform_dependent(
-      words,
-      cpu=by_halves,
-      default=lambda words: _by_bits(words, density, more, bits),
-    )
-  else:
-    found = by_halves(words)
-  return lax.bitcast_convert_type(found, magnitude.dtype)
+  if sum_parts is not whole:
+    return by_halves(magnitude)
+  rank = _rank(density, more, magnitude.shape[-1])
+  # Counting into bins is the faster on a CPU only.
+  return lax.platform_dependent(
+    magnitude, cpu=by_halves, default=lambda x: ranked(x, rank)
+  )

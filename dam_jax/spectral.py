@@ -41,6 +41,7 @@ from dam_jax import matrices
 from dam_jax import transforms
 from dam_jax import tree
 from dam_jax.base import chain
+from dam_jax.base import is_concrete
 
 SOLVERS = ('adam', 'exact')
 """How `wudi` minimises."""
@@ -48,7 +49,7 @@ SOLVERS = ('adam', 'exact')
 
 def _check(name: str, value: Any, holds: Callable[[Any], Any], want: str):
   """Raises unless a value, where it is known, is what is wanted."""
-  if transforms.is_concrete(value) and not holds(value):
+  if is_concrete(value) and not holds(value):
     raise ValueError(f'{name} must {want}, got {value!r}')
 
 
@@ -58,8 +59,8 @@ def _merge(
   scale: ArrayLike,
 ) -> optax.GradientTransformation:
   """Merges matrices by `tx`, other leaves by `others`, then scales."""
-  others = aggregators.mean() if others is None else others
-  return optax.chain(matrices.split(tx, others), matrices.scaled(scale))
+  split = matrices.split(tx, others or aggregators.mean())
+  return optax.chain(split, matrices.scaled(scale))
 
 
 def tsv_m(
@@ -325,8 +326,8 @@ def wudi(
       return _solve(x, omega)
     return _descend(x, omega, rate, iterations)
 
-  others = aggregators.keep_base() if others is None else others
-  return matrices.split(matrices.each(matrix_fn, input_axis), others)
+  tx = matrices.each(matrix_fn, input_axis)
+  return matrices.split(tx, others or aggregators.keep_base())
 
 
 def _merging(
@@ -419,8 +420,7 @@ def knots(
     return treedef.unflatten(merged), state
 
   tx = optax.GradientTransformationExtraArgs(inner.init, update_fn)
-  others = aggregators.mean() if others is None else others
-  return matrices.split(tx, others, matrices.is_kernel)
+  return matrices.split(tx, others or aggregators.mean(), matrices.is_kernel)
 
 
 def _knit_factors(

@@ -27,13 +27,13 @@ from dam_jax.base import is_concrete
 from dam_jax.typing import Deltas
 
 
-def check_finite(name: str, value: ArrayLike) -> None:
+def check_finite(name: str, value: Any) -> None:
   """Raises unless a concrete value is finite."""
   if is_concrete(value) and not np.isfinite(float(value)):
     raise ValueError(f'{name} must be finite, got {value}')
 
 
-def _share(name: str, value: ArrayLike, *, zero: bool, one: bool) -> None:
+def check_share(name: str, value: ArrayLike, *, zero: bool, one: bool) -> None:
   """Raises unless a concrete value lies between 0 and 1."""
   if not is_concrete(value):
     return
@@ -42,6 +42,39 @@ def _share(name: str, value: ArrayLike, *, zero: bool, one: bool) -> None:
   if not inside:
     left, right = '[' if zero else '(', ']' if one else ')'
     raise ValueError(f'{name} must be in {left}0, 1{right}, got {number}')
+
+
+def check_unit_axis(unit_axis: int | None) -> None:
+  """Raises unless units lie on the first or last axis, or are whole leaves."""
+  if unit_axis not in (None, 0, -1):
+    raise ValueError(f'unit_axis must be None, 0 or -1, got {unit_axis!r}')
+
+
+def units(
+  x: jax.Array, unit_axis: int | None
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+  """Lays a leaf out as one vector a unit (an output neuron, a filter).
+
+  Args:
+    x: `[K, *shape]`.
+    unit_axis: which axis of `shape` counts the units; None, or a leaf of less
+      than two axes: the leaf is one unit.
+
+  Returns:
+    `[K, U, N]`, and what makes `[..., *shape]` of `[..., U, N]`.
+  """
+  shape = x.shape[1:]
+  if unit_axis is None or len(shape) < 2:
+    flat = x.reshape(x.shape[0], 1, -1)
+    return flat, lambda y: y.reshape(*y.shape[:-2], *shape)
+  axis = unit_axis % len(shape) - len(shape)
+  moved = jnp.moveaxis(x, axis, 1)
+
+  def restore(y):
+    y = y.reshape(*y.shape[:-2], *moved.shape[1:])
+    return jnp.moveaxis(y, -len(shape), axis)
+
+  return moved.reshape(*moved.shape[:2], -1), restore
 
 
 def _keep_largest(vector: jax.Array, density: ArrayLike, **how) -> jax.Array:
@@ -53,6 +86,12 @@ def _keep_largest(vector: jax.Array, density: ArrayLike, **how) -> jax.Array:
 
 READINGS = ('paper', 'mergekit')
 """Whose reading of a method where the paper and a tool differ."""
+
+
+def check_rescale(rescale: bool | str) -> None:
+  """Raises unless it says how to make up for what is dropped."""
+  if rescale not in (True, False, 'l1'):
+    raise ValueError(f"rescale must be True, False or 'l1', got {rescale!r}")
 
 
 def check_reading(reading: str) -> None:
@@ -88,7 +127,7 @@ def trim(
     Yadav et al., `TIES-Merging: Resolving Interference When Merging Models
     <https://arxiv.org/abs/2306.01708>`_, 2023
   """
-  _share('density', density, zero=False, one=True)
+  check_share('density', density, zero=False, one=True)
   if scope not in ('model', 'leaf'):
     raise ValueError(f"scope must be 'model' or 'leaf', got {scope!r}")
   check_reading(reading)
@@ -163,7 +202,8 @@ def leaf_keys(key: jax.Array, updates: Deltas, salt: ArrayLike = 0) -> Any:
   return jax.tree.unflatten(jax.tree.structure(updates), keys)
 
 
-def _uniform(key: jax.Array, like: jax.Array) -> jax.Array:
+def uniform(key: jax.Array, like: jax.Array) -> jax.Array:
+  """Draws from U[0, 1) for each entry of a leaf."""
   return jax.random.uniform(key, like.shape, jnp.float32)
 
 
@@ -172,14 +212,14 @@ def drop(
   *,
   rescale: bool | str = True,
   seed: int = 0,
-  uniform_fn: Callable[[jax.Array, jax.Array], jax.Array] = _uniform,
+  uniform_fn: Callable[[jax.Array, jax.Array], jax.Array] = uniform,
 ) -> optax.GradientTransformation:
   """Drops entries of task vectors at random and rescales the others.
 
   Args:
     rate: probability that an entry is dropped, in [0, 1); may be traced.
-    rescale: divide what is kept by the probability to keep it; 'mergekit'
-      multiplies it until each leaf's sum of magnitudes is what it was.
+    rescale: divide what is kept by the probability to keep it (paper); 'l1'
+      gives each task and leaf its sum of magnitudes again (mergekit).
     seed: of the draws.
     uniform_fn: `(key, leaf) -> U[0, 1)` like the leaf `[K, ...]`; an entry is
       kept where it exceeds the rate.
@@ -195,11 +235,8 @@ def drop(
     Yu et al., `Language Models are Super Mario: Absorbing Abilities from
     Homologous Models as a Free Lunch <https://arxiv.org/abs/2311.03099>`_, 2024
   """
-  _share('rate', rate, zero=True, one=False)
-  if rescale not in (True, False, 'mergekit'):
-    raise ValueError(
-      f"rescale must be True, False or 'mergekit', got {rescale!r}"
-    )
+  check_share('rate', rate, zero=True, one=False)
+  check_rescale(rescale)
 
   def init_fn(params):
     del params
@@ -211,7 +248,7 @@ def drop(
 
     def leaf_fn(key, x):
       kept = jnp.where(uniform_fn(key, x) > rate, x, 0)
-      if rescale == 'mergekit':
+      if rescale == 'l1':
         return keep_sum(kept, x)
       scale = jnp.asarray(1 / (1 - rate) if rescale else 1, x.dtype)
       return kept * scale
@@ -255,12 +292,15 @@ def scale_tasks(
   return optax.stateless(scale_fn)
 
 
-def check_weights(weights: Any, updates: Deltas) -> None:
+def check_weights(
+  weights: Any, updates: Deltas, *, name: str = 'weights'
+) -> None:
   """Raises unless there is one finite weight for each task.
 
   Args:
     weights: `[K]`, or a scalar for all tasks.
     updates: task vectors, leaves `[K, ...]`.
+    name: of the weights.
 
   Raises:
     ValueError: with what was found and wanted.
@@ -269,11 +309,11 @@ def check_weights(weights: Any, updates: Deltas) -> None:
   shape = np.shape(weights)
   if shape not in ((), (num,)):
     raise ValueError(
-      f'weights are {list(shape)}, want one for each of {num} experts'
+      f'{name} are {list(shape)}, want one for each of {num} experts'
     )
   concrete = all(map(is_concrete, jax.tree.leaves(weights)))
   if concrete and not np.isfinite(np.asarray(weights, np.float64)).all():
-    raise ValueError(f'weights must be finite, got {weights}')
+    raise ValueError(f'{name} must be finite, got {weights}')
 
 
 def mask_by(masks: Any) -> optax.GradientTransformation:

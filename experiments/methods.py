@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import inspect
+import math
 import typing
 from typing import Any
 
@@ -21,14 +22,27 @@ STATIC = {
   'task_arithmetic': dj.task_arithmetic,
   'ties': dj.ties,
   'dare': dj.dare,
+  'della': dj.della,
+  'breadcrumbs': dj.breadcrumbs,
+  'magmax': dj.magmax,
+  'sce': dj.sce,
+  'pcb': dj.pcb,
+  'consensus': dj.consensus,
+  'emr': dj.emr,
+  'model_stock': dj.model_stock,
+  'karcher': dj.karcher,
   'slerp': dj.slerp,
   'tsv_m': dj.tsv_m,
   'iso_c': dj.iso_c,
   'iso_cts': dj.iso_cts,
   'wudi': dj.wudi,
   'knots': dj.knots,
+  'nuslerp': dj.nuslerp,
 }
 """Builders of transformations of task vectors, by name."""
+
+_TAKES = {'slerp': (2, 2), 'nuslerp': (2, 2), 'model_stock': (2, math.inf)}
+"""The least and the most experts, of those that do not take any number."""
 
 _GRANULARITIES = {
   'task_arithmetic': 'arithmetic',
@@ -84,7 +98,12 @@ def parse(names: str, num_experts: int) -> list[str]:
     >>> parse('ties,static', num_experts=6)[:4]
     ['ties', 'average', 'task_arithmetic', 'dare']
   """
-  static = [n for n in STATIC if n != 'slerp' or num_experts == 2]
+  refused = [
+    name
+    for name, (least, most) in _TAKES.items()
+    if not least <= num_experts <= most
+  ]
+  static = [n for n in STATIC if n not in refused]
   groups = {
     'static': static,
     'learned': list(LEARNED),
@@ -98,8 +117,13 @@ def parse(names: str, num_experts: int) -> list[str]:
       + ', allowed are '
       + ', '.join([*ALL, *groups])
     )
-  if 'slerp' in given and num_experts != 2:
-    raise ValueError(f'slerp merges 2 experts, got {num_experts}')
+  for name in given:
+    if name in refused:
+      least, most = _TAKES[name]
+      more = '' if most == least else ' or more'
+      raise ValueError(
+        f'{name} merges {least}{more} experts, got {num_experts}'
+      )
   found = [n for g in given for n in groups.get(g, [g])]
   return list(dict.fromkeys(found))
 

@@ -5,14 +5,11 @@ import functools
 import hypothesis
 from hypothesis import strategies as st
 import jax
-from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dam_jax import selection
-
-_by_bits = jax.jit(selection._by_bits, static_argnums=(1, 2, 3))
 
 
 def sorted_threshold(magnitude, density, more):
@@ -41,16 +38,17 @@ def test_is_what_a_sort_gives(size, density, more, seed):
   np.testing.assert_array_equal(got, sorted_threshold(x, density, more))
 
 
-@pytest.mark.parametrize('more', [0, 1])
-def test_bits_and_halves_agree(more):
+def test_bits_and_halves_agree():
   x = make(70_000)
-  words = lax.bitcast_convert_type(jnp.asarray(x), jnp.uint32)
   for density in (0.2, 0.9):
-    want = sorted_threshold(x, density, more)
-    by_bits = _by_bits(words, density, more, 32)
-    np.testing.assert_array_equal(by_bits.view(jnp.float32), want)
-    by_halves = selection.threshold(jnp.asarray(x), density, more=more)
-    np.testing.assert_array_equal(by_halves, want)
+    want = sorted_threshold(x, density, 1)
+    got = selection.threshold(jnp.asarray(x), density)
+    np.testing.assert_array_equal(got, want)
+    rank = x.shape[1] - int(np.floor(density * x.shape[1]))
+    np.testing.assert_array_equal(selection.ranked(jnp.asarray(x), rank), want)
+    np.testing.assert_array_equal(
+      selection.reaches(jnp.asarray(x), rank), x >= want[:, None]
+    )
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16', 'float32', 'float64'])

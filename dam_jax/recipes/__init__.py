@@ -12,15 +12,35 @@ Hyper-parameters that are numbers may be traced, so `jax.vmap` sweeps them.
 """
 
 from dam_jax.recipes.interpolation import average
+from dam_jax.recipes.interpolation import karcher
+from dam_jax.recipes.interpolation import model_stock
+from dam_jax.recipes.interpolation import nuslerp
 from dam_jax.recipes.interpolation import slerp
 from dam_jax.recipes.interpolation import task_arithmetic
 from dam_jax.recipes.interpolation import weighted_average
+from dam_jax.recipes.sparsification import breadcrumbs
+from dam_jax.recipes.sparsification import consensus
 from dam_jax.recipes.sparsification import dare
+from dam_jax.recipes.sparsification import della
+from dam_jax.recipes.sparsification import emr
+from dam_jax.recipes.sparsification import magmax
+from dam_jax.recipes.sparsification import pcb
+from dam_jax.recipes.sparsification import sce
 from dam_jax.recipes.sparsification import ties
 
 __all__ = [
   'average',
+  'breadcrumbs',
+  'consensus',
   'dare',
+  'della',
+  'emr',
+  'karcher',
+  'magmax',
+  'model_stock',
+  'nuslerp',
+  'pcb',
+  'sce',
   'slerp',
   'task_arithmetic',
   'ties',

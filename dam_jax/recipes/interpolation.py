@@ -12,7 +12,9 @@ import numpy as np
 import optax
 
 from dam_jax import aggregators
+from dam_jax import geometry
 from dam_jax import transforms
+from dam_jax.base import is_concrete
 
 
 def average() -> optax.GradientTransformation:
@@ -133,3 +135,120 @@ def slerp(t: ArrayLike = 0.5) -> optax.GradientTransformation:
   """
   transforms.check_finite('t', t)
   return aggregators.slerp(t)
+
+
+def nuslerp(
+  weights: Sequence[float] = (1.0, 1.0),
+  *,
+  space: str = 'delta',
+  unit_axis: int | None = None,
+) -> optax.GradientTransformation:
+  """Interpolates the task vectors of two models on the sphere.
+
+  `slerp` at `t = w_1 / (w_0 + w_1)`, linear only where the angle is lost in
+  float32's rounding.
+
+  Args:
+    weights: `[2]`; may be traced.
+    space: 'delta', or 'weights' (mergekit without a base model).
+    unit_axis: None has one angle a leaf (`nuslerp_flatten`); 0 one for each row
+      of a matrix, -1 for each column (`nuslerp_row_wise`).
+
+  Returns:
+    The transformation; see `dam_jax.aggregators.slerp` for the equation.
+
+  Raises:
+    ValueError: where there are not two finite weights, they sum to zero, or an
+      option is none of those; at update, where there are not two experts.
+
+  Examples:
+    >>> base = {'w': jnp.zeros(2)}
+    >>> experts = {'w': jnp.array([[1., 0.], [0., 1.]])}
+    >>> dj.merge(nuslerp(), base, experts).params['w'].round(3).tolist()
+    [0.7070000171661377, 0.7070000171661377]
+
+  References:
+    Goddard et al., `Arcee's MergeKit: A Toolkit for Merging Large Language
+    Models <https://arxiv.org/abs/2403.13257>`_, 2024
+  """
+  if len(weights) != 2:
+    raise ValueError(f'nuslerp needs 2 weights, got {weights}')
+  first, second = weights
+  total = first + second
+  concrete = is_concrete(total)
+  if concrete and not (np.isfinite(float(total)) and total != 0):
+    raise ValueError(
+      f'weights must be finite and not sum to zero, got {list(weights)}'
+    )
+  return aggregators.slerp(
+    second / total, parallel=1 - 1e-7, space=space, unit_axis=unit_axis
+  )
+
+
+def karcher(
+  weights: ArrayLike | Sequence[float] = 1.0,
+  *,
+  space: str = 'weights',
+  max_iter: int = 10,
+  tol: float = 1e-5,
+) -> optax.GradientTransformation:
+  """Averages models on the sphere, leaf by leaf.
+
+  Args:
+    weights: `[K]`, or one for all.
+    space: average 'weights' (mergekit) or task vectors, 'delta'.
+    max_iter: how often the mean moves at most.
+    tol: length of a move below which to stop.
+
+  Returns:
+    The transformation; see `dam_jax.geometry.karcher` for the equation.
+
+  Raises:
+    ValueError: where an option is none of those or a weight is negative; at
+      update, where there is not a weight for each expert.
+
+  Examples:
+    >>> base = {'w': jnp.zeros(2)}
+    >>> experts = {'w': jnp.array([[1., 0.], [0., 3.]])}
+    >>> dj.merge(karcher(), base, experts).params['w'].round(3).tolist()
+    [1.4140000343322754, 1.4140000343322754]
+
+  References:
+    Wang et al., `Functionality-Oriented LLM Merging on the Fisher-Rao Manifold
+    <https://arxiv.org/abs/2603.04972>`_, 2026
+  """
+  return geometry.karcher(weights, space=space, max_iter=max_iter, tol=tol)
+
+
+def model_stock(
+  *, unit_axis: int | None = None, pairs: str = 'cosine'
+) -> optax.GradientTransformation:
+  """Moves towards the average as far as the experts' angles allow.
+
+  `theta = r mean_t theta_t + (1 - r) theta_0` with
+  `r = K c / (1 + (K - 1) c)`, where `c` is the mean cosine of pairs of task
+  vectors.
+
+  Args:
+    unit_axis: None has one `r` a leaf; -1 one for each output neuron of a
+      kernel `[in, out]`, 0 of one `[out, in]` (`filter_wise` in mergekit).
+    pairs: average each pair's 'cosine' (mergekit) or its 'angle' (FusionBench).
+
+  Returns:
+    The transformation.
+
+  Raises:
+    ValueError: where an option is none of those; at update, where there is one
+      expert only.
+
+  Examples:
+    >>> base = {'w': jnp.zeros(2)}
+    >>> experts = {'w': jnp.array([[6., 0.], [3., 0.]])}
+    >>> dj.merge(model_stock(), base, experts).params['w'].tolist()
+    [4.5, 0.0]
+
+  References:
+    Jang et al., `Model Stock: All we need is just a few fine-tuned models
+    <https://arxiv.org/abs/2403.19522>`_, 2024
+  """
+  return geometry.model_stock(unit_axis=unit_axis, pairs=pairs)
