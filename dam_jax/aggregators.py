@@ -22,7 +22,6 @@ from dam_jax import tree
 MERGES = ('mean', 'sum', 'max')
 """How `elect_mean` merges the entries that agree."""
 
-
 SPACES = ('weights', 'delta')
 """What `slerp` and `dam_jax.geometry.karcher` take the angles of."""
 

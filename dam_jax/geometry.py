@@ -64,7 +64,7 @@ def karcher(
       f'max_iter and tol must not be negative, got {max_iter} and {tol}'
     )
   concrete = all(map(is_concrete, jax.tree.leaves(weights)))
-  if concrete and not 0 <= np.min(weights) <= np.max(weights) > 0:
+  if concrete and not (np.min(weights) >= 0 and np.max(weights) > 0):
     raise ValueError(
       f'weights must not be negative, nor all zero, got {weights}'
     )
@@ -111,12 +111,12 @@ def _direction_of_mean(
   def move(state):
     i, mean, _ = state
     cosine = jnp.clip(jnp.sum(direction * mean[None], axis=-1), -1, 1)
-    angle, sine = jnp.arccos(cosine), jnp.sin(jnp.arccos(cosine))
-    weight = pull * jnp.where(
-      sine > tol, angle / jnp.where(sine > tol, sine, 1), 1
-    )
+    angle = jnp.arccos(cosine)
+    sine = jnp.where(jnp.sin(angle) > tol, jnp.sin(angle), 0)
+    stretch = jnp.where(sine > 0, angle / jnp.where(sine > 0, sine, 1), 1)
     step = sum(
-      weight[k] * (direction[k] - cosine[k] * mean) for k in range(num)
+      pull[k] * stretch[k] * (direction[k] - cosine[k] * mean)
+      for k in range(num)
     )
     size = jnp.linalg.norm(step)
     moved = jnp.cos(size) * mean + jnp.sinc(size / jnp.pi) * step

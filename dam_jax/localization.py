@@ -133,7 +133,7 @@ def specialize(
   merged: optax.Updates,
   *,
   masks: Any,
-  task: ArrayLike,
+  task: int | jax.Array,
   scales: ArrayLike = 1.0,
 ) -> Params:
   """Makes a task's own model of a merged task vector.
@@ -151,11 +151,13 @@ def specialize(
     The model, in the base's structure and dtypes.
 
   Raises:
-    ValueError: where there is not one scale for each task, or merged does not
-      fit the base.
+    ValueError: where there is no such task or not one scale for each, or merged
+      does not fit the base.
   """
   transforms.check_weights(scales, masks, name='scales')
   num = jax.tree.leaves(masks)[0].shape[0]
+  if transforms.is_concrete(task) and not 0 <= int(task) < num:
+    raise ValueError(f'task must be in [0, {num}), got {task}')
   scale = jnp.broadcast_to(jnp.asarray(scales, jnp.float32), (num,))[task]
 
   def leaf_fn(d, mask):

@@ -84,10 +84,17 @@ def magprune(
       return x
     wide = np.promote_types(x.dtype, np.float32)
     tau, restore = transforms.units(x.astype(wide), unit_axis)
+    size = tau.shape[-1]
     order = jnp.argsort(jnp.abs(tau), axis=-1, descending=True)
-    rank = jnp.argsort(order, axis=-1).astype(wide)
+    rank = jnp.put_along_axis(
+      jnp.zeros_like(tau),
+      order,
+      jnp.arange(size, dtype=wide)[None, None],
+      axis=-1,
+      inplace=False,
+    )
     d, e = jnp.asarray(density, wide), jnp.asarray(epsilon, wide)
-    keep = d + e * (1 - 2 * rank / max(tau.shape[-1] - 1, 1))
+    keep = d + e * (1 - 2 * rank / max(size - 1, 1))
     uniform, _ = transforms.units(uniform.astype(wide), unit_axis)
     kept = jnp.where(uniform >= 1 - keep, tau, 0)
     if rescale == 'l1':

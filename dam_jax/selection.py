@@ -81,7 +81,7 @@ def _settle(
   shift = 8 * words.dtype.itemsize - 2 - i
   larger = found | (one << shift.astype(words.dtype))
   below = jnp.sum(words < larger[..., None], axis=-1, dtype=jnp.int32)
-  return jnp.where(below < rank, larger, found)
+  return jnp.where(below < jnp.asarray(rank, below.dtype), larger, found)
 
 
 def ranked(magnitude: jax.Array, rank: ArrayLike) -> jax.Array:

@@ -124,7 +124,11 @@ def test_all_models_at_once():
   for k in range(3):
     one = specialize(base, unified, masks, k, scales)
     np.testing.assert_allclose(models['w'][k], one['w'], rtol=1e-6)
-  with pytest.raises(ValueError, match=r'scales are \[2\].*3 experts'):
-    localization.specialize(
-      base, unified, masks=masks, task=0, scales=jnp.ones(2)
-    )
+  for task, scales, message in (
+    (0, jnp.ones(2), r'scales are \[2\].*3 experts'),
+    (3, 1.0, r'task must be in \[0, 3\), got 3'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      localization.specialize(
+        base, unified, masks=masks, task=task, scales=scales
+      )

@@ -253,6 +253,7 @@ def test_bfloat16_computes_and_float32_is_kept(small_pool, tmp_path):
     ({'methods': 'average,magic'}, "unknown methods .*magic.*allowed are"),
     ({'methods': ''}, 'no methods'),
     ({'methods': 'slerp'}, 'slerp merges 2 experts, got 3'),
+    ({'methods': 'static,nuslerp'}, 'nuslerp merges 2 experts, got 3'),
     ({'bad': '7'}, 'usual_bad has 4'),
     ({'bad': 'nobody'}, r'nobody\.npz'),
     ({'tasks': 'one,one'}, 'task one comes twice'),
