@@ -46,7 +46,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.bad = '2'
   c.usual_bad = 'badmerging_mnist,badnets_rotation'
   c.triggers = ''
-  c.methods = 'static,dam_robust' if local else 'all'
+  c.methods = 'static,dam_robust' if local else 'static,learned'
   c.options = {name: methods.config_options(name) for name in methods.ALL}
   if not local:
     c.options.dam_robust.steps = 150

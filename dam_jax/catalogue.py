@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import inspect
+import math
 import re
 from typing import Any
 
@@ -21,16 +22,33 @@ class Entry:
 
   Attributes:
     factory: makes it.
-    num: how many experts it takes; None for any number.
-    memory: beside the models themselves, in models (`P` numbers each) or in
-      terms of a leaf where it works leaf by leaf.
-    tested: what its numbers are compared with.
+    least: how many experts it takes at least.
+    most: how many at most.
+    reads: what it needs beside the models.
+    passes: how often it reads the models, merged leaf by leaf; of merges that
+      learn, how often they go through the images.
+    memory: what it holds at a time, of `K` experts; where that is leaves, for
+      each leaf under way.
+    tested: what its numbers are compared with, beside the equations in NumPy.
   """
 
   factory: Callable[..., Any]
-  num: int | None = None
-  memory: str = 'a leaf'
-  tested: str
+  least: int = 1
+  most: float = math.inf
+  reads: str = '-'
+  passes: str = '1'
+  memory: str = '2K + 3 leaves'
+  tested: str = '-'
+
+  def takes(self, num: int) -> bool:
+    """Whether it merges that many experts."""
+    return self.least <= num <= self.most
+
+  def check_number(self, name: str, num: int) -> None:
+    """Raises unless it merges that many experts."""
+    if not self.takes(num):
+      more = '' if self.least == self.most else ' or more'
+      raise ValueError(f'{name} merges {self.least}{more} experts, got {num}')
 
   @property
   def reference(self) -> tuple[str, str]:
@@ -54,20 +72,33 @@ class Entry:
     return inspect.signature(self.factory).parameters
 
 
-REFERENCE, PEERS = "DAM authors' code", 'FusionBench, mergekit'
+_FB, _MK = 'FusionBench', 'mergekit'
+_BOTH = f'{_FB}, {_MK}'
+_GOLDEN = f'{_BOTH}, golden arrays'
+_SVD = '5K + 5 leaves'
 
-STATIC: dict[str, Entry] = {
-  'average': Entry(factory=recipes.average, tested=PEERS),
-  'weighted_average': Entry(factory=recipes.weighted_average, tested=PEERS),
-  'task_arithmetic': Entry(factory=recipes.task_arithmetic, tested=PEERS),
-  'ties': Entry(factory=recipes.ties, tested=PEERS),
-  'dare': Entry(factory=recipes.dare, tested=PEERS),
-  'slerp': Entry(factory=recipes.slerp, num=2, tested=PEERS),
-  'tsv_m': Entry(factory=spectral.tsv_m, tested='FusionBench'),
-  'iso_c': Entry(factory=spectral.iso_c, tested='FusionBench'),
-  'iso_cts': Entry(factory=spectral.iso_cts, tested='FusionBench'),
-  'wudi': Entry(factory=spectral.wudi, tested='FusionBench'),
-  'knots': Entry(factory=spectral.knots, tested='FusionBench'),
+DATA_FREE: dict[str, Entry] = {
+  'average': Entry(factory=recipes.average, tested=_GOLDEN),
+  'weighted_average': Entry(factory=recipes.weighted_average, tested=_GOLDEN),
+  'task_arithmetic': Entry(factory=recipes.task_arithmetic, tested=_GOLDEN),
+  'slerp': Entry(factory=recipes.slerp, least=2, most=2, tested=_GOLDEN),
+  'nuslerp': Entry(factory=recipes.nuslerp, least=2, most=2, tested=_MK),
+  'karcher': Entry(factory=recipes.karcher, tested=_MK),
+  'model_stock': Entry(factory=recipes.model_stock, least=2, tested=_BOTH),
+  'ties': Entry(factory=recipes.ties, passes='4', tested=_GOLDEN),
+  'dare': Entry(factory=recipes.dare, tested=_GOLDEN),
+  'della': Entry(factory=recipes.della, passes='2', tested=_MK),
+  'breadcrumbs': Entry(factory=recipes.breadcrumbs, tested=_MK),
+  'magmax': Entry(factory=recipes.magmax, tested=_FB),
+  'sce': Entry(factory=recipes.sce, tested=_MK),
+  'pcb': Entry(factory=recipes.pcb, passes='-', memory='3K + 2 models'),
+  'consensus': Entry(factory=recipes.consensus, tested=_FB),
+  'emr': Entry(factory=recipes.emr, passes='2', tested=_FB),
+  'tsv_m': Entry(factory=spectral.tsv_m, memory=_SVD, tested=_FB),
+  'iso_c': Entry(factory=spectral.iso_c, memory=_SVD, tested=_FB),
+  'iso_cts': Entry(factory=spectral.iso_cts, memory=_SVD, tested=_FB),
+  'wudi': Entry(factory=spectral.wudi, memory=_SVD, tested=_FB),
+  'knots': Entry(factory=spectral.knots, passes='4', memory=_SVD, tested=_FB),
 }
 """Merges without data, by name."""
 
@@ -92,15 +123,15 @@ def build(
   Examples:
     >>> tx = build('dare', {'rate': 0.2, 'then': 'ties', 'then.density': 0.1})
   """
-  if name not in STATIC:
-    raise ValueError(f'no method {name!r}, there are {", ".join(STATIC)}')
+  if name not in DATA_FREE:
+    raise ValueError(f'no method {name!r}, there are {", ".join(DATA_FREE)}')
   inner = {
     key.removeprefix('then.'): x
     for key, x in options.items()
     if key.startswith('then.')
   }
   own = {k: x for k, x in options.items() if not k.startswith('then.')}
-  parameters = STATIC[name].options
+  parameters = DATA_FREE[name].options
   lines = [f'no option {key!r}' for key in own if key not in parameters]
   lines += [
     f'option {key!r} is missing'
@@ -115,6 +146,6 @@ def build(
   if 'then' in own:
     own['then'] = build(own['then'], inner)
   try:
-    return STATIC[name].factory(**own)
+    return DATA_FREE[name].factory(**own)
   except TypeError as e:
     raise ValueError(f'{name}: {e}') from e

@@ -9,40 +9,23 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import inspect
-import math
 import typing
 from typing import Any
 
 from ml_collections import config_dict
 
 import dam_jax as dj
+from dam_jax import catalogue
 
-STATIC = {
-  'average': dj.average,
-  'task_arithmetic': dj.task_arithmetic,
-  'ties': dj.ties,
-  'dare': dj.dare,
-  'della': dj.della,
-  'breadcrumbs': dj.breadcrumbs,
-  'magmax': dj.magmax,
-  'sce': dj.sce,
-  'pcb': dj.pcb,
-  'consensus': dj.consensus,
-  'emr': dj.emr,
-  'model_stock': dj.model_stock,
-  'karcher': dj.karcher,
-  'slerp': dj.slerp,
-  'tsv_m': dj.tsv_m,
-  'iso_c': dj.iso_c,
-  'iso_cts': dj.iso_cts,
-  'wudi': dj.wudi,
-  'knots': dj.knots,
-  'nuslerp': dj.nuslerp,
+STATIC = ('average', 'task_arithmetic', 'ties', 'dare', 'slerp')
+"""Names of the merges without data that papers compare with most."""
+
+DATA_FREE = {
+  name: entry.factory
+  for name, entry in catalogue.DATA_FREE.items()
+  if name != 'weighted_average'  # its weights have no default
 }
 """Builders of transformations of task vectors, by name."""
-
-_TAKES = {'slerp': (2, 2), 'nuslerp': (2, 2), 'model_stock': (2, math.inf)}
-"""The least and the most experts, of those that do not take any number."""
 
 _GRANULARITIES = {
   'task_arithmetic': 'arithmetic',
@@ -71,7 +54,7 @@ def _learned() -> dict[str, Callable[..., dj.Merger]]:
 LEARNED = _learned()
 """Builders of mergers that learn on unlabelled images, by name."""
 
-ALL = (*STATIC, *LEARNED)
+ALL = (*DATA_FREE, *LEARNED)
 """All names."""
 
 BATCH = {'dam_robust': 4}
@@ -82,9 +65,9 @@ def parse(names: str, num_experts: int) -> list[str]:
   """Reads a list of methods.
 
   Args:
-    names: names with commas between them; 'static' and 'learned' are all of a
-      kind, 'all' is both. Those leave out what needs another number of
-      experts.
+    names: names with commas between them. 'static' is the usual merges without
+      data, 'data_free' all of them, 'learned' those that read images, and 'all'
+      everything; each leaves out what needs another number of experts.
     num_experts: `K`.
 
   Returns:
@@ -95,19 +78,15 @@ def parse(names: str, num_experts: int) -> list[str]:
       does not take `K` experts.
 
   Examples:
-    >>> parse('ties,static', num_experts=6)[:4]
+    >>> parse('ties,static', num_experts=6)
     ['ties', 'average', 'task_arithmetic', 'dare']
   """
-  refused = [
-    name
-    for name, (least, most) in _TAKES.items()
-    if not least <= num_experts <= most
-  ]
-  static = [n for n in STATIC if n not in refused]
+  fit = [n for n in DATA_FREE if catalogue.DATA_FREE[n].takes(num_experts)]
   groups = {
-    'static': static,
+    'static': [n for n in STATIC if n in fit],
+    'data_free': fit,
     'learned': list(LEARNED),
-    'all': [*static, *LEARNED],
+    'all': [*fit, *LEARNED],
   }
   given = [n.strip() for n in names.split(',') if n.strip()]
   unknown = [n for n in given if n not in {*groups, *ALL}]
@@ -118,12 +97,8 @@ def parse(names: str, num_experts: int) -> list[str]:
       + ', '.join([*ALL, *groups])
     )
   for name in given:
-    if name in refused:
-      least, most = _TAKES[name]
-      more = '' if most == least else ' or more'
-      raise ValueError(
-        f'{name} merges {least}{more} experts, got {num_experts}'
-      )
+    if name in DATA_FREE and name not in fit:
+      catalogue.DATA_FREE[name].check_number(name, num_experts)
   found = [n for g in given for n in groups.get(g, [g])]
   return list(dict.fromkeys(found))
 
@@ -154,7 +129,7 @@ def options(name: str) -> dict[str, Any]:
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
-  build = STATIC.get(name) or LEARNED[name]
+  build = DATA_FREE.get(name) or LEARNED[name]
   fixed = build.keywords if isinstance(build, functools.partial) else {}
   return {
     key: p
@@ -207,7 +182,10 @@ def _field(default: Any, annotation: Any) -> Any:
   if default is not None:
     return default
   kinds = typing.get_args(annotation)
-  return config_dict.placeholder(next(k for k in kinds if k is not type(None)))
+  kind = next(k for k in kinds if k is not type(None))
+  if typing.get_origin(kind) is Sequence:
+    kind = tuple
+  return config_dict.placeholder(kind)
 
 
 def resolve(
@@ -321,8 +299,8 @@ def build(
   Raises:
     ValueError: where an option's value makes no sense.
   """
-  if name in STATIC:
-    return dj.from_transform(STATIC[name](**chosen))
+  if name in DATA_FREE:
+    return dj.from_transform(DATA_FREE[name](**chosen))
   kwargs = {key: value for key, value in chosen.items() if key != 'batch'}
   more = {'image_shape': image_shape, 'task_logits_fn': task_logits_fn}
   parameters = inspect.signature(LEARNED[name]).parameters

@@ -240,9 +240,7 @@ def _transformations(job: Job, labels: Mapping[str, str]) -> dict[str, Any]:
 
 def _build(method: str, options: Mapping[str, Any], num: int):
   tx = catalogue.build(method, options)
-  want = catalogue.STATIC[method].num
-  if want not in (None, num):
-    raise ValueError(f'{method} merges {want} experts, got {num}')
+  catalogue.DATA_FREE[method].check_number(method, num)
   return tx
 
 
@@ -372,13 +370,13 @@ def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
     job.method,
     *(x.get('method', job.method) for x in job.labels.values()),
   }
-  cited = [catalogue.STATIC[name].reference for name in sorted(methods)]
+  cited = [catalogue.DATA_FREE[name].reference for name in sorted(methods)]
   named = {label: dict(found) for label, found in job.labels.items()}
   return checkpoint.MergeRecord(
     method=job.method,
     hyperparameters={
       key: None if p.default is p.empty else p.default
-      for key, p in catalogue.STATIC[job.method].options.items()
+      for key, p in catalogue.DATA_FREE[job.method].options.items()
     }
     | dict(job.options),
     seed=int(job.options.get('seed', 0)),

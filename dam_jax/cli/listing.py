@@ -15,7 +15,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _entry(name: str) -> dict[str, Any]:
-  entry = catalogue.STATIC[name]
+  entry = catalogue.DATA_FREE[name]
   title, url = entry.reference
   defaults = {
     key: 'required' if p.default is p.empty else repr(p.default)
@@ -32,21 +32,23 @@ def _entry(name: str) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-  if args.name is not None and args.name not in catalogue.STATIC:
+  if args.name is not None and args.name not in catalogue.DATA_FREE:
     raise ValueError(
-      f'no method {args.name!r}, there are {", ".join(catalogue.STATIC)}'
+      f'no method {args.name!r}, there are {", ".join(catalogue.DATA_FREE)}'
     )
   console = Console()
   if args.json:
-    names = [args.name] if args.name else list(catalogue.STATIC)
+    names = [args.name] if args.name else list(catalogue.DATA_FREE)
     command.emit([_entry(name) for name in names])
   elif args.name:
     console.print(
-      catalogue.STATIC[args.name].factory.__doc__, markup=False, highlight=False
+      catalogue.DATA_FREE[args.name].factory.__doc__,
+      markup=False,
+      highlight=False,
     )
   else:
     table = Table('method', 'options', 'reference')
-    for name in catalogue.STATIC:
+    for name in catalogue.DATA_FREE:
       found = _entry(name)
       options = ', '.join(f'{k}={v}' for k, v in found['options'].items())
       table.add_row(name, options, f'{found["reference"]}\n{found["url"]}')
