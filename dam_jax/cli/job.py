@@ -154,7 +154,7 @@ def prepare(job: Job) -> Plan:
   matched = _match('rules', job.rules, base)
   kept = {path: KEEP for path, rule in vocabulary.items() if rule == KEEP}
   labels = {**dict.fromkeys(base.leaves, MERGE), **matched, **kept}
-  txs = _transformations(job, labels)
+  txs = _transformations(job, labels, base)
   tied = streaming.tied(base, list(experts.values()))
   _raise_if(
     [
@@ -203,7 +203,36 @@ def _match(
   return {path: label for path, label in found.items() if label}
 
 
-def _transformations(job: Job, labels: Mapping[str, str]) -> dict[str, Any]:
+def _layout(method: str, base: checkpoint.Model) -> dict[str, int]:
+  """Returns the options that say where a weight's outputs are.
+
+  The library's defaults are those of Flax kernels `[in, out]`; a matrix that is
+  called weight is torch's `[out, in]`.
+  """
+  torch = any(
+    path.rpartition('/')[2] == 'weight' and len(x.shape) == 2
+    for path, x in base.leaves.items()
+  )
+  flax_to_torch = {'input_axis': (0, 1), 'unit_axis': (-1, 0)}
+  options = catalogue.DATA_FREE[method].options
+  return {
+    key: there
+    for key, (here, there) in flax_to_torch.items()
+    if torch and key in options and options[key].default == here
+  }
+
+
+def _settled(
+  method: str, given: Mapping[str, Any], base: checkpoint.Model
+) -> dict[str, Any]:
+  """Returns the options of a method, those of its leaves' layout too."""
+  known = method in catalogue.DATA_FREE
+  return {**(_layout(method, base) if known else {}), **given}
+
+
+def _transformations(
+  job: Job, labels: Mapping[str, str], base: checkpoint.Model
+) -> dict[str, Any]:
   """Returns what each label in use stands for."""
   used = {MERGE, *labels.values()}
   lines = [
@@ -234,7 +263,8 @@ def _transformations(job: Job, labels: Mapping[str, str]) -> dict[str, Any]:
       own = dict(job.labels.get(label, {}))
       method = own.pop('method', job.method)
       shared = job.options if method == job.method else {}
-      txs[label] = _build(method, {**shared, **own}, len(job.experts))
+      options = _settled(method, {**shared, **own}, base)
+      txs[label] = _build(method, options, len(job.experts))
   return txs
 
 
@@ -378,7 +408,7 @@ def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
       key: None if p.default is p.empty else p.default
       for key, p in catalogue.DATA_FREE[job.method].options.items()
     }
-    | dict(job.options),
+    | _settled(job.method, job.options, plan.base),
     seed=int(job.options.get('seed', 0)),
     base={_name(job.base): combined.pop('base')},
     experts=combined,

@@ -336,3 +336,14 @@ def test_output_says_what_it_is_made_of(files):
   kept = json.loads(checkpoint.load_metadata(lone)['merge_record'])
   assert kept['method'] == 'average'
   assert 'average' in (files / 'lone.md').read_text()
+
+
+def test_weights_are_read_as_torch_lays_them_out(files):
+  code, out = merge(files, method='iso_cts')
+  assert code == 0
+  assert_equal(read(out), want(dj.iso_cts(input_axis=1)))
+  text = (out / 'merge_record.json').read_text()
+  record = checkpoint.MergeRecord.from_json(text)
+  assert record.hyperparameters['input_axis'] == 1
+  _, flax = merge(files, '--set=input_axis=0', method='iso_cts', out='flax')
+  assert_equal(read(flax), want(dj.iso_cts(input_axis=0)))
