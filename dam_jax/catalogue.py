@@ -12,6 +12,8 @@ from typing import Any
 
 import optax
 
+from dam_jax import defences
+from dam_jax import learned
 from dam_jax import recipes
 from dam_jax import spectral
 
@@ -101,6 +103,82 @@ DATA_FREE: dict[str, Entry] = {
   'knots': Entry(factory=spectral.knots, passes='4', memory=_SVD, tested=_FB),
 }
 """Merges without data, by name."""
+
+
+LEARNED: dict[str, Entry] = {
+  'adamerging': Entry(
+    factory=learned.adamerging,
+    reads='images',
+    passes='1000 steps',
+    memory='K + 3 models',
+    tested='golden arrays',
+  ),
+  'concrete': Entry(
+    factory=learned.concrete,
+    reads='images',
+    passes='2000 steps',
+    memory='K + 8 models',
+    tested='golden arrays',
+  ),
+  'dam_released': Entry(
+    factory=learned.dam_released,
+    reads='images',
+    passes='2000 steps of 3 draws',
+    memory='K + 8 models',
+    tested='golden arrays',
+  ),
+  'dam_paper': Entry(
+    factory=learned.dam_paper,
+    reads='images',
+    passes='2000 steps of 3 draws',
+    memory='K + 12 models',
+  ),
+  'dam_robust': Entry(
+    factory=learned.dam_robust,
+    reads='images',
+    passes='300 steps',
+    memory='5K + 3 models',
+  ),
+  'repo_awm': Entry(
+    factory=defences.repo_awm,
+    reads='images',
+    passes='2000 steps of 2 draws',
+    memory='9 models',
+    tested='golden arrays',
+  ),
+  'repo_sau': Entry(
+    factory=defences.repo_sau,
+    reads='images',
+    passes='2000 steps of 2 draws',
+    memory='9 models',
+    tested='golden arrays',
+  ),
+}
+"""Merges and repairs that learn on unlabelled images, by name.
+
+Their memory is counted, not measured: experts, base, masks, their gradients and
+Adam's moments, without the images' activations.
+"""
+
+
+def table() -> str:
+  """Returns all methods as a table in Markdown."""
+  head = ('method', 'reads', 'passes', 'memory', 'compared with', 'reference')
+  lines = [head, ('---',) * len(head)]
+  for name, entry in {**DATA_FREE, **LEARNED}.items():
+    _, url = entry.reference
+    number = re.split(r'/abs/|doi.org/', url)[-1]
+    lines.append(
+      (
+        f'`{name}`',
+        entry.reads,
+        entry.passes,
+        entry.memory,
+        entry.tested,
+        f'[{number}]({url})',
+      )
+    )
+  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def build(

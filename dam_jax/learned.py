@@ -389,6 +389,10 @@ def dam_robust(
 
   Raises:
     ValueError: where an option is not one of those above.
+
+  References:
+    After Yang et al., `Mitigating the Backdoor Effect for Multi-Task Model
+    Merging via Safety-Aware Subspace <https://arxiv.org/abs/2410.13910>`_, 2025
   """
   arithmetic = granularity == 'arithmetic'
   if area is None:
@@ -415,10 +419,7 @@ def dam_robust(
     mask_steps=steps,
   )
   return meta_merger(
-    logits_fn,
-    spec,
-    preprocess_fn=preprocess_fn,
-    task_logits_fn=task_logits_fn,
+    logits_fn, spec, preprocess_fn=preprocess_fn, task_logits_fn=task_logits_fn
   )
 
 

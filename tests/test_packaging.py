@@ -11,6 +11,7 @@ import types
 import pytest
 
 import dam_jax
+from dam_jax import catalogue
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'dam_jax'
@@ -132,6 +133,10 @@ def test_readme_examples_run():
   assert blocks
   for block in blocks:
     exec(compile(block, 'README.md', 'exec'), {})
+
+
+def test_readme_lists_every_method():
+  assert catalogue.table() in (ROOT / 'README.md').read_text()
 
 
 def test_versions_agree(metadata):
