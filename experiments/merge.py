@@ -11,6 +11,7 @@ goes on where it was when it is started again with the same --workdir.
 from collections.abc import Callable
 from concurrent import futures
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -231,6 +232,14 @@ class Run:
     _write(folder / 'merge_record.json', record.to_json())
     _write(folder / 'config.json', setup.pool.config.read_text())
 
+  def write_card(self, name: str, security: dict[str, str]) -> None:
+    """Writes the model card of a merge, with what was measured of it."""
+    folder = self.workdir / 'models' / name
+    text = (folder / 'merge_record.json').read_text()
+    record = checkpoint.MergeRecord.from_json(text)
+    record = dataclasses.replace(record, security=security)
+    _write(folder / 'README.md', checkpoint.model_card(record))
+
   def _draw(self, name: str, learned: learn.Learned) -> None:
     setup = self.setup
     per_task = {k: x for k, x in learned.metrics.items() if x.ndim == 2}
@@ -447,6 +456,7 @@ def _write_report(this: Run, report: dict[str, Any]) -> None:
   images = {'acc_asr': report_lib.scatter(report)}
   curves = {}
   for name in this.mergers:
+    this.write_card(name, report_lib.security(report, name))
     for kind, into, key in (
       ('triggers', images, f'triggers/{name}'),
       ('curves', curves, name),

@@ -174,6 +174,27 @@ def markdown(report: Mapping[str, Any]) -> str:
   return '\n'.join([*lines, '', note(report), ''])
 
 
+def security(report: Mapping[str, Any], name: str) -> dict[str, str]:
+  """Returns what a merge's model card says of its security.
+
+  Args:
+    report: what `report.json` holds.
+    name: of the merge.
+
+  Returns:
+    Accuracies and attack success rates in per cent, with intervals, by what
+    they are of.
+  """
+  found = {}
+  for (method, metric, task), row in index(report).items():
+    if method == name and metric in ('acc', 'asr'):
+      low, high = (_percent(row[key]) for key in ('low', 'high'))
+      found[f'{metric.upper()} {task}'] = (
+        f'{_percent(row["value"])} % ({low} to {high})'
+      )
+  return found
+
+
 def note(report: Mapping[str, Any]) -> str:
   """Says in one paragraph what the table's numbers are.
 

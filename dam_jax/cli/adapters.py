@@ -51,6 +51,24 @@ def merge(job: jobs.Job, rank: int | None = None) -> checkpoint.Lora:
   return merged if rank is None else checkpoint.truncate(merged, rank)
 
 
+def record(job: jobs.Job, command: str | None = None) -> checkpoint.MergeRecord:
+  """Returns the record of a merge of adapters.
+
+  Args:
+    job: that was done.
+    command: that did it.
+  """
+  base = checkpoint.open_model(job.base)
+  hashes = {
+    name: checkpoint.model_hashes(
+      dataclasses.replace(base, files=checkpoint.open_lora(path).files)
+    )
+    for name, path in job.experts.items()
+  }
+  hashes = {'base': checkpoint.model_hashes(base), **hashes}
+  return jobs.make_record(job, base, hashes, command=command)
+
+
 def _weights(job: jobs.Job, num: int) -> list[float]:
   """Returns what the method multiplies each update with."""
   tx = catalogue.build(job.method, job.options)

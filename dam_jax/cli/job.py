@@ -105,6 +105,14 @@ class Plan:
     largest = max(math.prod(x.shape) for x in self.base.leaves.values())
     return self.job.workers * 4 * largest * (3 * len(self.experts) + 3)
 
+  def record(
+    self, hashes: Mapping[str, Mapping[str, str]], command: str | None
+  ) -> checkpoint.MergeRecord:
+    """Returns the record that is written beside the model."""
+    return make_record(
+      self.job, self.base, hashes, tied=self.tied, command=command
+    )
+
   def describe(self) -> dict[str, Any]:
     """Returns the plan as JSON values."""
     counts = {
@@ -316,7 +324,7 @@ def run(
       dtype=plan.job.dtype,
       max_shard_bytes=plan.job.max_shard_bytes,
       # A lone file holds its record, whose size must be known beforehand.
-      metadata=_record(plan, hashes.result(), command).metadata()
+      metadata=plan.record(hashes.result(), command).metadata()
       if lone
       else None,
       carry=_carried(plan, lone),
@@ -337,7 +345,7 @@ def run(
         workers=plan.job.workers,
         on_leaf=on_leaf,
       )
-      record = _record(plan, hashes.result(), command)
+      record = plan.record(hashes.result(), command)
       if not lone:
         writer.add_file('merge_record.json', record.to_json())
         writer.add_file('README.md', checkpoint.model_card(record))
@@ -393,8 +401,23 @@ def _name(path: str) -> str:
   return found.stem if found.suffix == '.safetensors' else found.name
 
 
-def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
-  job, folder = plan.job, plan.base.folder
+def make_record(
+  job: Job,
+  base: checkpoint.Model,
+  hashes: Mapping[str, Mapping[str, str]],
+  *,
+  tied: Mapping[str, str] | None = None,
+  command: str | None = None,
+) -> checkpoint.MergeRecord:
+  """Returns the record of a job.
+
+  Args:
+    job: that was done.
+    base: its opened base.
+    hashes: SHA-256 of each file by its name, of the base and each expert.
+    tied: leaves that are another's value.
+    command: that did it.
+  """
   combined = {n: checkpoint.combined_hash(found) for n, found in hashes.items()}
   methods = {
     job.method,
@@ -408,7 +431,7 @@ def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
       key: None if p.default is p.empty else p.default
       for key, p in catalogue.DATA_FREE[job.method].options.items()
     }
-    | _settled(job.method, job.options, plan.base),
+    | _settled(job.method, job.options, base),
     seed=int(job.options.get('seed', 0)),
     base={_name(job.base): combined.pop('base')},
     experts=combined,
@@ -420,9 +443,9 @@ def _record(plan: Plan, hashes: Mapping[str, Any], command: str | None):
     files=hashes,
     dtype=job.dtype,
     command=command,
-    license=checkpoint.read_license(folder) if folder else {},
+    license=checkpoint.read_license(base.folder) if base.folder else {},
     extra={
-      'tied': dict(plan.tied),
+      'tied': dict(tied or {}),
       'paths': {'base': job.base, **job.experts},
     },
   )

@@ -199,6 +199,14 @@ def _run_adapter(job: jobs.Job, args: argparse.Namespace) -> int:
   merged = adapters.merge(job, args.rank)
   first = checkpoint.open_lora(next(iter(job.experts.values())))
   checkpoint.save_lora(args.out, merged, like=first)
+  record = adapters.record(job, args.command)
+  card = checkpoint.model_card(record, library_name='peft')
+  for name, text in (
+    ('merge_record.json', record.to_json()),
+    ('README.md', card),
+  ):
+    with checkpoint.replacing(pathlib.Path(args.out) / name) as temporary:
+      temporary.write_text(text)
   ranks = {path: f.rank for path, f in merged.factors.items()}
   if args.json:
     command.emit({'out': args.out, 'ranks': ranks})

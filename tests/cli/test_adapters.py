@@ -108,6 +108,11 @@ def test_adapters_are_expanded_into_a_model(folder):
 def test_an_adapter_is_the_same_update_kept_low_rank(folder, flags, tx):
   code, out = run(folder, '--adapter', *flags)
   assert code == 0
+  text = (out / 'merge_record.json').read_text()
+  record = checkpoint.MergeRecord.from_json(text)
+  file = folder / 'b' / 'adapter_model.safetensors'
+  assert checkpoint.file_hash(file) in record.files['b'].values()
+  assert 'library_name: "peft"' in (out / 'README.md').read_text()
   _, base, experts = opened(folder)
   want = dj.merge(tx, base, dj.tree.stack(experts)).params
   assert_close(adapted(folder, out), want)

@@ -20,6 +20,7 @@ from experiments import learn
 from experiments import load
 from experiments import merge
 from experiments import methods
+from experiments import report as report_lib
 
 
 def _config(folder, **changes):
@@ -112,6 +113,15 @@ def test_files_a_person_opens(done):
   assert len(table) == 1 + 5
   assert 'safety/loss/two' in table[0]
   assert not list(workdir.rglob('*.tmp'))
+
+
+def test_cards_say_what_was_measured(done):
+  workdir, report = done
+  card = (workdir / 'models' / 'dam_robust' / 'README.md').read_text()
+  row = report_lib.index(report)['dam_robust', 'acc', 'mean']
+  assert f'| ACC mean | {100 * row["value"]:.1f} % (' in card
+  assert '| ASR two |' in card
+  assert 'No security report' not in card
 
 
 def test_merged_model_can_be_merged_again(done, small_pool):
