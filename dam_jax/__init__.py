@@ -15,10 +15,12 @@ from dam_jax import perturbations
 from dam_jax import pruning
 from dam_jax import selection
 from dam_jax import spectral
+from dam_jax import statistics
 from dam_jax import streaming
 from dam_jax import transforms
 from dam_jax import tree
 from dam_jax import typing
+from dam_jax import weighted
 from dam_jax.aggregators import keep_base
 from dam_jax.base import Merger
 from dam_jax.base import MergeResult
@@ -29,6 +31,9 @@ from dam_jax.base import merge
 from dam_jax.base import scan_steps
 from dam_jax.defences import repo_awm
 from dam_jax.defences import repo_sau
+from dam_jax.informed import fisher
+from dam_jax.informed import regmean
+from dam_jax.informed import regmean_plus_plus
 from dam_jax.learned import adamerging
 from dam_jax.learned import concrete
 from dam_jax.learned import dam
@@ -82,6 +87,7 @@ __all__ = [
   'dare',
   'della',
   'emr',
+  'fisher',
   'from_transform',
   'geometry',
   'iso_c',
@@ -100,6 +106,8 @@ __all__ = [
   'pcb',
   'perturbations',
   'pruning',
+  'regmean',
+  'regmean_plus_plus',
   'repo_awm',
   'repo_sau',
   'scale_tasks',
@@ -108,6 +116,7 @@ __all__ = [
   'selection',
   'slerp',
   'spectral',
+  'statistics',
   'streaming',
   'task_arithmetic',
   'ties',
@@ -115,6 +124,7 @@ __all__ = [
   'tree',
   'tsv_m',
   'typing',
+  'weighted',
   'weighted_average',
   'wudi',
 ]

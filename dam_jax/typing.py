@@ -27,7 +27,8 @@ class Batch(NamedTuple):
     images: `[S, T, B, H, W, C]` float in [0, 1]; one draw for each of the
       step's `S` phases.
     references: `[S, T, B, L]` class probabilities that each task's own expert
-      gives to these images, or None where the method does not use them.
+      gives to these images (one-hot labels, for the one option that says so),
+      or None where the method does not use them.
   """
 
   images: jax.Array
@@ -64,6 +65,20 @@ class TaskLogitsFn(Protocol):
 
   def __call__(self, params: Any, task: Any, images: jax.Array) -> jax.Array:
     """Maps images `[B, H, W, C]` of the task with that index to `[B, L]`."""
+    ...
+
+
+class InputsFn(Protocol):
+  """One forward pass of one model, for what its linear layers read."""
+
+  def __call__(
+    self, params: Any, task: Any, images: jax.Array
+  ) -> Mapping[str, jax.Array]:
+    """Maps images `[B, H, W, C]` of the task with that index to inputs.
+
+    They are `[N, in]` by the path of the layer's kernel `[in, out]`, as in
+    `layers_0/mlp/fc1/kernel`; a row is an image, or a token of one.
+    """
     ...
 
 

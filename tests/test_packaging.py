@@ -32,10 +32,10 @@ LAYERS = (
     'transforms',
   ),
   ('aggregators', 'localization', 'pruning'),
-  ('competition', 'geometry'),
+  ('competition', 'geometry', 'weighted'),
   ('meta_spec',),
   ('meta',),
-  ('defences', 'learned', 'recipes', 'spectral'),
+  ('defences', 'informed', 'learned', 'recipes', 'spectral'),
   ('catalogue',),
 )
 # What stands beside the layers, and all that it may import of the package.

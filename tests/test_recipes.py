@@ -79,6 +79,38 @@ def partition(scale):
   )
 
 
+def precise(order=(0, 1, 2), *, epsilon=0.1):
+  rng = np.random.default_rng(9)
+  precisions = {
+    'body': {
+      'kernel': rng.uniform(size=(3, 16, 3)),
+      'bias': rng.uniform(size=(3, 8)),
+    },
+    'head': rng.uniform(size=(3, 8, 2)),
+    'step': np.zeros((3, 2)),
+  }
+  return dj.weighted.precision_weighted(
+    jax.tree.map(
+      lambda x: jnp.asarray(x[np.array(order)], jnp.float32), precisions
+    ),
+    epsilon=epsilon,
+    normalize=True,
+  )
+
+
+def regressed(order=(0, 1, 2), *, scale=0.5):
+  rng = np.random.default_rng(9)
+  inputs = {
+    path: rng.normal(size=(3, 40, size))[np.array(order)]
+    for path, size in {'body/kernel': 16, 'head': 8}.items()
+  }
+  grams = {
+    path: jnp.asarray(np.einsum('kni,knj->kij', x, x), jnp.float32)
+    for path, x in inputs.items()
+  }
+  return dj.weighted.gram_weighted(grams, scale=scale)
+
+
 METHODS = {
   'average': symmetric(dj.average(), same=dj.average()),
   'weighted_average': weighted(np.array([3.0, 2.0, 1.0]), normalize=True),
@@ -154,6 +186,18 @@ METHODS = {
   ),
   'emr': symmetric(dj.emr(), same=dj.emr()),
   'partition': symmetric(partition(0.3), sweep=partition),
+  'precision_weighted': Method(
+    tx=precise(),
+    sweep=lambda epsilon: precise(epsilon=epsilon),
+    permuted=precise,
+    same=precise(),
+  ),
+  'gram_weighted': Method(
+    tx=regressed(),
+    sweep=lambda scale: regressed(scale=scale),
+    permuted=regressed,
+    same=regressed(),
+  ),
 }
 
 
