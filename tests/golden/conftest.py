@@ -177,11 +177,16 @@ class Inputs:
     self, params: Any, pixels: jax.Array, *, every_token=False, **options: Any
   ) -> Any:
     """Applies the tower with the reference's frozen projection."""
-    kernel = jnp.asarray(self._projection, pixels.dtype)
-    params = {**params, 'visual_projection': {'kernel': kernel}}
+    params = self.with_projection(params)
     return clip.VisionTower(self.config, every_token=every_token).apply(
       {'params': params}, pixels, **options
     )
+
+  def with_projection(self, params: Any) -> Any:
+    """Adds the reference's frozen projection to a tower's parameters."""
+    dtype = jnp.result_type(*jax.tree.leaves(params))
+    kernel = jnp.asarray(self._projection, dtype)
+    return {**params, 'visual_projection': {'kernel': kernel}}
 
   def logits_fn(self, params: Any, images: jax.Array) -> jax.Array:
     """Logits of all tasks, `[T, B, L]`."""
