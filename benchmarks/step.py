@@ -23,6 +23,7 @@ from configs import pool
 import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.models import clip
+from dam_jax.models import inputs
 from experiments import learn
 from experiments import methods
 
@@ -54,7 +55,7 @@ def _seconds(fn, repeats):
 
 
 def _problem():
-  """Returns base and experts, raveled, and functions of logits by name."""
+  """Returns base and experts, raveled, and what methods take of a model."""
   tower = clip.VisionTower(CONFIG)
   pixels = jnp.zeros((1, *CONFIG.image_shape))
   base = tower.init(jax.random.key(0), pixels)['params']
@@ -72,11 +73,13 @@ def _problem():
   def features_fn(params, pixels):
     return jnp.asarray(tower.apply({'params': params}, pixels))
 
-  logits = {
+  model = {
     'logits_fn': clip.zero_shot(features_fn, heads),
     'task_logits_fn': clip.zero_shot_task(features_fn, heads),
+    'inputs_fn': inputs.dense_inputs(tower),
+    'levels': inputs.levels(CONFIG),
   }
-  return dj.tree.ravel(base), dj.tree.ravel(experts, leading=1), logits
+  return dj.tree.ravel(base), dj.tree.ravel(experts, leading=1), model
 
 
 def _batch(phases, batch):
@@ -85,13 +88,13 @@ def _batch(phases, batch):
   return dj.Batch(images, jnp.full((*shape, CLASSES), 1 / CLASSES))
 
 
-def measure(name, repeats, base, experts, logits):
+def measure(name, repeats, base, experts, model):
   """Returns seconds to compile and a step of one method, all phases on."""
   chosen = methods.resolve([name], {}, steps=1000, batch=BATCH)[name]
   merger = methods.build(
     name,
     chosen,
-    **logits,
+    **model,
     preprocess_fn=clip.normalize,
     image_shape=CONFIG.image_shape,
   )
@@ -111,8 +114,8 @@ def measure(name, repeats, base, experts, logits):
 def main(argv):
   """Measures and prints."""
   del argv
-  base, experts, logits = _problem()
-  logits_fn = logits['logits_fn']
+  base, experts, model = _problem()
+  logits_fn = model['logits_fn']
   images = _batch(1, BATCH).images[0]
 
   @jax.jit
@@ -128,7 +131,7 @@ def main(argv):
   table = Table('method', 'compile, s', 'step, s', 'passes')
   found = {}
   for name in methods.parse(_METHODS.value, EXPERTS):
-    found[name] = measure(name, _REPEATS.value, base, experts, logits)
+    found[name] = measure(name, _REPEATS.value, base, experts, model)
     table.add_row(
       name,
       f'{found[name]["compile"]:.1f}',

@@ -1,6 +1,6 @@
 """Checks a config and reads what the merges of a run share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import inspect
 import pathlib
@@ -16,6 +16,7 @@ from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
 from dam_jax.models import convert
+from dam_jax.models import inputs
 from experiments import make_pool
 
 KEYS = {
@@ -28,9 +29,10 @@ KEYS = {
   'bad': "names of backdoored checkpoints with commas, or how many 'usual_bad'",
   'usual_bad': 'names with commas',
   'triggers': 'names of more triggers to test, whose experts are not merged',
-  'methods': "names with commas, or 'static', 'learned', 'all'",
+  'methods': "names with commas, or 'static', 'learned', 'informed', 'all'",
   'options': 'of each method; None leaves what is said below',
-  'steps': "of a learned method; 0 for each method's own",
+  'steps': 'of a learned method, and the most of each pass of an informed one; '
+  "0 for each method's own",
   'batch': 'images a task and draw',
   'compute': "'float32' or 'bfloat16'; state and weights are float32",
   'scan_layers': 'loop over the blocks of the tower: compiles faster',
@@ -58,6 +60,8 @@ class Setup:
     clean: the clean experts, likewise; None where the pool lacks one.
     logits_fn: of preprocessed images of all tasks.
     task_logits_fn: of preprocessed images of one task.
+    inputs_fn: what linear layers read of them.
+    levels: of the tower's leaves, from the lowest.
     hashes: SHA-256 of each checkpoint, by name.
   """
 
@@ -67,6 +71,8 @@ class Setup:
   clean: dj.typing.Params | None
   logits_fn: dj.typing.LogitsFn
   task_logits_fn: dj.typing.TaskLogitsFn
+  inputs_fn: dj.typing.InputsFn
+  levels: Sequence[str]
   hashes: Mapping[str, str]
 
   def image_logits_fn(self, params: Any, task: Any, images: jax.Array):
@@ -233,5 +239,7 @@ def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
     clean=clean and jax.device_put(clean),
     logits_fn=clip.zero_shot(features_fn, heads),
     task_logits_fn=clip.zero_shot_task(features_fn, heads),
+    inputs_fn=inputs.dense_inputs(tower),
+    levels=inputs.levels(tower_config),
     hashes={name: checkpoint.file_hash(p) for name, p in paths.items()},
   )

@@ -96,6 +96,8 @@ class Run:
         task_logits_fn=setup.task_logits_fn,
         preprocess_fn=clip.normalize,
         image_shape=setup.image_shape,
+        inputs_fn=setup.inputs_fn,
+        levels=setup.levels,
       )
       for name, chosen in self.options.items()
     }
@@ -245,7 +247,7 @@ class Run:
     per_task = {k: x for k, x in learned.metrics.items() if x.ndim == 2}
     curves = pictures.curves(per_task, setup.tasks)
     _write(self.workdir / 'curves' / f'{name}.png', curves)
-    patch = learned.state.adversary
+    patch = getattr(learned.state, 'adversary', None)
     if not isinstance(patch, dj.perturbations.SoftPatch):
       return
     opacity, pattern = np.asarray(patch.opacity()), np.asarray(patch.pattern())

@@ -54,7 +54,23 @@ def _learned() -> dict[str, Callable[..., dj.Merger]]:
 LEARNED = _learned()
 """Builders of mergers that learn on unlabelled images, by name."""
 
-ALL = (*DATA_FREE, *LEARNED)
+INFORMED: dict[str, Callable[..., dj.Merger]] = {
+  'fisher': dj.fisher,
+  'regmean': dj.regmean,
+  'regmean_plus_plus': dj.regmean_plus_plus,
+}
+"""Builders of mergers that weigh by statistics of unlabelled images, by name.
+
+A step only reads a batch, and `steps` of them make a pass.
+"""
+
+_BUILDERS: dict[str, Callable[..., Any]] = {
+  **DATA_FREE,
+  **LEARNED,
+  **INFORMED,
+}
+
+ALL = tuple(_BUILDERS)
 """All names."""
 
 BATCH = {'dam_robust': 4}
@@ -66,8 +82,8 @@ def parse(names: str, num_experts: int) -> list[str]:
 
   Args:
     names: names with commas between them. 'static' is the usual merges without
-      data, 'data_free' all of them, 'learned' those that read images, and 'all'
-      everything; each leaves out what needs another number of experts.
+      data, 'data_free' all of them, 'informed' those that weigh by statistics of
+      images, 'learned' those that learn on images, and 'all' everything; each leaves out what needs another number of experts.
     num_experts: `K`.
 
   Returns:
@@ -86,7 +102,8 @@ def parse(names: str, num_experts: int) -> list[str]:
     'static': [n for n in STATIC if n in fit],
     'data_free': fit,
     'learned': list(LEARNED),
-    'all': [*fit, *LEARNED],
+    'informed': list(INFORMED),
+    'all': [*static, *LEARNED, *INFORMED],
   }
   given = [n.strip() for n in names.split(',') if n.strip()]
   unknown = [n for n in given if n not in {*groups, *ALL}]
@@ -121,7 +138,7 @@ def options(name: str) -> dict[str, Any]:
     for each mask and for the quirks.
   """
   found = {key: _plain(p.default) for key, p in _parameters(name).items()}
-  if name in LEARNED:
+  if name not in STATIC:
     found['batch'] = next(
       (b for family, b in BATCH.items() if name.startswith(family)), None
     )
@@ -202,7 +219,8 @@ def resolve(
     given: what the config sets, by method and option; None leaves the default.
     steps: all steps that a learned method may take, 0 for its own default.
       Masks and coefficients share them as they do by default; ascents before
-      the first step (`warmup_ascents`) come on top.
+      the first step (`warmup_ascents`) come on top. An informed method takes
+      its own default in each pass, or as many as these where they are fewer.
     batch: images a task and draw.
 
   Returns:
@@ -229,10 +247,12 @@ def resolve(
   out = {}
   for name in names:
     chosen = options(name)
-    if name in LEARNED:
+    if name not in STATIC:
       chosen['batch'] = chosen['batch'] or batch
-      if steps:
-        chosen |= _split(name, steps)
+    if name in LEARNED and steps:
+      chosen |= _split(name, steps)
+    if name in INFORMED and steps:
+      chosen['steps'] = min(chosen['steps'], steps)
     for key, value in given.get(name, {}).items():
       nested = isinstance(value, dict)
       chosen[key] = chosen[key] | value if nested else value
@@ -282,6 +302,8 @@ def build(
   task_logits_fn: dj.typing.TaskLogitsFn,
   preprocess_fn: dj.typing.PreprocessFn,
   image_shape: tuple[int, int, int],
+  inputs_fn: dj.typing.InputsFn,
+  levels: Sequence[str],
 ) -> dj.Merger:
   """Makes a merger.
 
@@ -292,6 +314,8 @@ def build(
     task_logits_fn: one for one task, likewise.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
     image_shape: `(H, W, C)`.
+    inputs_fn: what linear layers read in a forward pass for one task.
+    levels: of the leaves, from the lowest.
 
   Returns:
     The merger.
@@ -301,11 +325,22 @@ def build(
   """
   if name in DATA_FREE:
     return dj.from_transform(DATA_FREE[name](**chosen))
+  if chosen.get('labels') == 'true':
+    raise ValueError(
+      f"options.{name}.labels: merges read no labels here, 'true' needs them"
+    )
   kwargs = {key: value for key, value in chosen.items() if key != 'batch'}
-  more = {'image_shape': image_shape, 'task_logits_fn': task_logits_fn}
-  parameters = inspect.signature(LEARNED[name]).parameters
+  more = {
+    'logits_fn': logits_fn,
+    'task_logits_fn': task_logits_fn,
+    'preprocess_fn': preprocess_fn,
+    'image_shape': image_shape,
+    'inputs_fn': inputs_fn,
+    'levels': levels,
+  }
+  parameters = inspect.signature(_BUILDERS[name]).parameters
   for key, value in kwargs.items():
     if isinstance(value, dict):
       kwargs[key] = dataclasses.replace(parameters[key].default, **value)
   kwargs |= {key: x for key, x in more.items() if key in parameters}
-  return LEARNED[name](logits_fn, preprocess_fn=preprocess_fn, **kwargs)
+  return _BUILDERS[name](**kwargs)

@@ -270,11 +270,13 @@ _PANELS = (
   ('clean/loss', 'masks: clean loss'),
   ('safety/loss', 'masks: safety loss'),
   ('coefficients/loss', 'coefficients: loss'),
+  ('fisher/trace', 'Fisher information: trace'),
+  ('grams/trace', 'inputs: mean squares, summed'),
 )
 
 
 def curves(metrics: Mapping[str, np.ndarray], tasks: Sequence[str]) -> bytes:
-  """Draws what the steps of a learned merge measured, a panel a quantity.
+  """Draws what the steps of a merge measured, a panel a quantity.
 
   Args:
     metrics: by name, `[steps, T]`; NaN where a step did not measure it.

@@ -166,13 +166,14 @@ def test_another_run_may_not_use_the_workdir(done, small_pool):
     _run(_config(small_pool, steps=5), done[0])
 
 
+@pytest.mark.parametrize('name', ['dam_robust', 'regmean_plus_plus'])
 def test_an_interrupted_merge_ends_where_an_unbroken_one_does(
-  small_pool, tmp_path
+  small_pool, tmp_path, name
 ):
-  config = _config(small_pool, steps=6)
+  config = _config(small_pool, steps=6, methods=name)
   setup = load.load(config, small_pool)
   this = merge.Run(config, setup, tmp_path / 'whole')
-  merger = this.mergers['dam_robust']
+  merger = this.mergers[name]
   program = learn.compile_steps(
     merger,
     *this.raveled,
@@ -184,7 +185,7 @@ def test_an_interrupted_merge_ends_where_an_unbroken_one_does(
 
   def run(folder, **options):
     return learn.learn(
-      'dam_robust',
+      name,
       merger,
       program,
       *this.raveled,
@@ -203,7 +204,7 @@ def test_an_interrupted_merge_ends_where_an_unbroken_one_does(
 
   def interrupt(steps):
     taken.append(steps)
-    if sum(taken) == 4:
+    if sum(taken) >= 4:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
@@ -212,16 +213,46 @@ def test_an_interrupted_merge_ends_where_an_unbroken_one_does(
   again = run(tmp_path / 'broken', advance=rest.append)
   assert rest[0] > 0
   assert sum(rest) == merger.plan.steps
-  for name, values in whole.metrics.items():
-    np.testing.assert_array_equal(again.metrics[name], values)
+  for key, values in whole.metrics.items():
+    np.testing.assert_array_equal(again.metrics[key], values)
   np.testing.assert_array_equal(
     again.params['visual_projection']['kernel'],
     whole.params['visual_projection']['kernel'],
   )
-  table = 'curves/dam_robust.csv'
+  table = f'curves/{name}.csv'
   assert (tmp_path / 'broken' / table).read_text() == (
     tmp_path / 'whole' / table
   ).read_text()
+
+
+def test_merges_by_statistics_report_as_others_do(small_pool, tmp_path):
+  config = _config(small_pool, methods='fisher,regmean', steps=2)
+  report = _run(config, tmp_path)
+  assert report['record']['options']['fisher']['steps'] == 2
+  assert report['record']['options']['regmean']['scale'] == 0.9
+  rows = {(r['method'], r['metric'], r['task']) for r in report['rows']}
+  for name in ('fisher', 'regmean'):
+    assert (name, 'asr', 'two') in rows
+    assert (tmp_path / 'curves' / f'{name}.png').stat().st_size > 500
+    assert (tmp_path / 'models' / name / 'model.safetensors').exists()
+
+
+def test_steps_bound_a_pass_and_do_not_lengthen_it():
+  for steps, want in ((0, 16), (4, 4), (300, 16)):
+    chosen = methods.resolve(['regmean'], {}, steps=steps, batch=8)
+    assert chosen['regmean']['steps'] == want
+    assert chosen['regmean']['batch'] == 8
+  given = {'regmean': {'steps': 40}}
+  chosen = methods.resolve(['regmean'], given, steps=300, batch=8)
+  assert chosen['regmean']['steps'] == 40
+  assert methods.parse('informed', 3) == list(methods.INFORMED)
+
+
+def test_true_labels_are_refused_where_there_are_none(small_pool, tmp_path):
+  config = _config(small_pool, methods='fisher')
+  config.options.fisher.labels = 'true'
+  with pytest.raises(ValueError, match=r'options\.fisher\.labels: merges read'):
+    _run(config, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small_pool, tmp_path):
@@ -244,17 +275,19 @@ def test_without_bad_experts_triggers_can_still_be_tested(small_pool, tmp_path):
 
 
 def test_bfloat16_computes_and_float32_is_kept(small_pool, tmp_path):
-  config = _config(small_pool, compute='bfloat16', methods='dam_robust')
+  names = ('dam_robust', 'regmean')
+  config = _config(small_pool, compute='bfloat16', methods=','.join(names))
   # Flax's layer norms need it, and the thread that compiles must see it.
   jax.config.update('jax_numpy_dtype_promotion', 'standard')
   try:
     _run(config, tmp_path)
   finally:
     jax.config.update('jax_numpy_dtype_promotion', 'strict')
-  params = checkpoint.load_abstract(
-    tmp_path / 'models' / 'dam_robust' / 'model.safetensors'
-  )
-  assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype('float32')}
+  for name in names:
+    params = checkpoint.load_abstract(
+      tmp_path / 'models' / name / 'model.safetensors'
+    )
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype('float32')}
 
 
 @pytest.mark.parametrize(
@@ -344,6 +377,8 @@ def test_quirks_and_masks_can_be_set_one_by_one():
       task_logits_fn=lambda params, task, images: images,
       preprocess_fn=lambda x: x,
       image_shape=(8, 8, 3),
+      inputs_fn=lambda params, task, images: {},
+      levels=['.*'],
     )
     base = {'w': jnp.zeros(3)}
     return merger.init(jax.random.key(0), base, dj.tree.stack([base] * 2))
@@ -402,7 +437,12 @@ def test_every_method_can_be_built_from_its_options(name):
     task_logits_fn=lambda params, task, images: images,
     preprocess_fn=lambda x: x,
     image_shape=(8, 8, 3),
+    inputs_fn=lambda params, task, images: {},
+    levels=['low/.*', 'high/.*'],
   )
   if name in methods.LEARNED:
     warmup = 25 if name.startswith('dam_robust') else 0
     assert merger.plan.steps == 6 + warmup
+  if name in methods.INFORMED:
+    passes = 2 if name == 'regmean_plus_plus' else 1
+    assert merger.plan.steps == 6 * passes
