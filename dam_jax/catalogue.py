@@ -13,6 +13,7 @@ from typing import Any
 import optax
 
 from dam_jax import defences
+from dam_jax import informed
 from dam_jax import learned
 from dam_jax import recipes
 from dam_jax import spectral
@@ -105,6 +106,30 @@ DATA_FREE: dict[str, Entry] = {
 """Merges without data, by name."""
 
 
+INFORMED: dict[str, Entry] = {
+  'fisher': Entry(
+    factory=informed.fisher,
+    reads='images',
+    passes='1',
+    memory='2K + 2 models',
+    tested=f'{_FB}, golden arrays',
+  ),
+  'regmean': Entry(
+    factory=informed.regmean,
+    reads='images',
+    passes='1',
+    memory='K + 2 models, K Grams',
+    tested=f'{_FB}, golden arrays',
+  ),
+  'regmean_plus_plus': Entry(
+    factory=informed.regmean_plus_plus,
+    reads='images',
+    passes='1 a level',
+    memory='K + 3 models, K Grams',
+  ),
+}
+"""Merges that weigh by statistics of unlabelled images, by name."""
+
 LEARNED: dict[str, Entry] = {
   'adamerging': Entry(
     factory=learned.adamerging,
@@ -165,7 +190,7 @@ def table() -> str:
   """Returns all methods as a table in Markdown."""
   head = ('method', 'reads', 'passes', 'memory', 'compared with', 'reference')
   lines = [head, ('---',) * len(head)]
-  for name, entry in {**DATA_FREE, **LEARNED}.items():
+  for name, entry in {**DATA_FREE, **INFORMED, **LEARNED}.items():
     _, url = entry.reference
     number = re.split(r'/abs/|doi.org/', url)[-1]
     lines.append(

@@ -82,8 +82,9 @@ def parse(names: str, num_experts: int) -> list[str]:
 
   Args:
     names: names with commas between them. 'static' is the usual merges without
-      data, 'data_free' all of them, 'informed' those that weigh by statistics of
-      images, 'learned' those that learn on images, and 'all' everything; each leaves out what needs another number of experts.
+      data, 'data_free' all of them, 'informed' those that weigh by statistics
+      of images, 'learned' those that learn on images, and 'all' everything;
+      each leaves out what needs another number of experts.
     num_experts: `K`.
 
   Returns:
@@ -103,7 +104,7 @@ def parse(names: str, num_experts: int) -> list[str]:
     'data_free': fit,
     'learned': list(LEARNED),
     'informed': list(INFORMED),
-    'all': [*static, *LEARNED, *INFORMED],
+    'all': [*fit, *LEARNED, *INFORMED],
   }
   given = [n.strip() for n in names.split(',') if n.strip()]
   unknown = [n for n in given if n not in {*groups, *ALL}]
@@ -138,7 +139,7 @@ def options(name: str) -> dict[str, Any]:
     for each mask and for the quirks.
   """
   found = {key: _plain(p.default) for key, p in _parameters(name).items()}
-  if name not in STATIC:
+  if name not in DATA_FREE:
     found['batch'] = next(
       (b for family, b in BATCH.items() if name.startswith(family)), None
     )
@@ -247,7 +248,7 @@ def resolve(
   out = {}
   for name in names:
     chosen = options(name)
-    if name not in STATIC:
+    if name not in DATA_FREE:
       chosen['batch'] = chosen['batch'] or batch
     if name in LEARNED and steps:
       chosen |= _split(name, steps)

@@ -22,7 +22,12 @@ def test_passes_are_counted(name):
 
 
 @pytest.mark.parametrize(
-  'entry', [*catalogue.DATA_FREE.values(), *catalogue.LEARNED.values()]
+  'entry',
+  [
+    *catalogue.DATA_FREE.values(),
+    *catalogue.INFORMED.values(),
+    *catalogue.LEARNED.values(),
+  ],
 )
 def test_docstrings_cite_a_paper(entry):
   title, url = entry.reference
@@ -34,7 +39,8 @@ def test_docstrings_cite_a_paper(entry):
 
 def test_table_has_a_row_for_each():
   rows = catalogue.table().splitlines()
-  assert len(rows) == 2 + len(catalogue.DATA_FREE) + len(catalogue.LEARNED)
+  for name in (*catalogue.DATA_FREE, *catalogue.INFORMED, *catalogue.LEARNED):
+    assert sum(row.startswith(f'| `{name}` |') for row in rows) == 1
 
 
 @pytest.mark.parametrize(
