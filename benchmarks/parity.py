@@ -347,6 +347,8 @@ def describe(fn: Any) -> str:
 def _text(x: Any) -> str:
   if isinstance(x, functools.partial):
     return describe(x)
+  if callable(x):
+    return x.__name__
   return f'{x:g}' if isinstance(x, float) else str(x)
 
 

@@ -10,6 +10,7 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import dam_jax as dj
@@ -102,6 +103,101 @@ def knotted(scale: float, **options: Any) -> Callable:
     rules = [('layers/.*/weight', 'linear')]
     labels = dj.tree.label_by_path(base, rules, default='other')
     return dj.merge(optax.partition(txs, labels), base, experts).params
+
+  return merge
+
+
+def along(axis: int, factory: Callable, **options: Any) -> Callable:
+  """A merge unit by unit, where a unit is what lies along an axis.
+
+  So mergekit has it, of a leaf of any number of axes.
+  """
+
+  def rows(x, lead):
+    if x.ndim - lead < 2:
+      return x
+    x = jnp.moveaxis(x, axis + lead if axis >= 0 else axis, -1)
+    return x.reshape(*x.shape[:lead], -1, x.shape[-1])
+
+  def restore(y, like):
+    if like.ndim < 2:
+      return y
+    moved = jnp.moveaxis(like, axis, -1).shape
+    return jnp.moveaxis(y.reshape(moved), -1, axis)
+
+  draw = options.pop('uniform_fn', None)
+  if draw is not None:
+    options['uniform_fn'] = lambda key, leaf: rows(draw(key, leaf), 1)
+  tx = factory(unit_axis=0, **options)
+
+  def merge(base, experts):
+    lying = jax.tree.map(lambda x: rows(x, 0), base)
+    merged = dj.merge(tx, lying, jax.tree.map(lambda x: rows(x, 1), experts))
+    return jax.tree.map(restore, merged.params, base)
+
+  return merge
+
+
+def magpruned(*, then: Callable, **options: Any) -> Any:
+  """DELLA with given draws."""
+  return dj.chain(dj.pruning.magprune(**options), then())
+
+
+def then_by(factory: Callable, *args: Any, then: Callable, **options: Any):
+  """A merge whose sum another merge takes the place of."""
+  return factory(*args, then=then(), **options)
+
+
+def _each(base: Any, merged: Any, masks: Any, **options: Any) -> Any:
+  """Returns each task's model, leaves `[K, ...]`."""
+  num = jax.tree.leaves(masks)[0].shape[0]
+  return dj.tree.stack(
+    [
+      dj.localization.specialize(base, merged, masks=masks, task=k, **options)
+      for k in range(num)
+    ]
+  )
+
+
+def tall(threshold: float) -> Callable:
+  """Each task's model by its TALL mask."""
+
+  def merge(base, experts):
+    deltas = dj.tree.task_vectors(base, experts)
+    merged, _ = dj.aggregators.weighted_sum().update(deltas, None)
+    masks = dj.localization.tall_masks(deltas, merged, threshold=threshold)
+    return _each(base, merged, masks)
+
+  return merge
+
+
+def modulated(norm: str) -> Callable:
+  """Each task's model by EMR's masks and scales."""
+
+  def merge(base, experts):
+    deltas, tx = dj.tree.task_vectors(base, experts), dj.emr()
+    merged, _ = tx.update(deltas, tx.init(base), base)
+    masks, scales = dj.localization.emr_masks(deltas, merged, norm=norm)
+    return _each(base, merged, masks, scales=scales)
+
+  return merge
+
+
+def gram_weighted(*, grams: Any, scale: float) -> Callable:
+  """RegMean of torch's weights `[out, in]`."""
+  found = {f'{p}/weight': g for p, g in dj.tree.flatten(grams).items()}
+
+  def turned(params):
+    paths = dj.tree.names(params)
+    leaves = [
+      x.swapaxes(-1, -2) if p in found else x
+      for p, x in zip(paths, jax.tree.leaves(params), strict=True)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+  def merge(base, experts):
+    tx = dj.weighted.gram_weighted(found, scale=scale)
+    return turned(dj.merge(tx, turned(base), turned(experts)).params)
 
   return merge
 
@@ -219,38 +315,105 @@ def _spheres():
     yield slerp(mergekit('slerp', inputs='first', t=t))
   nuslerp = functools.partial(Case, 'nuslerp', problems=('pair',))
   weight = [0.7, 0.3]
-  yield nuslerp(mergekit('nuslerp', weight=weight))
-  yield nuslerp(mergekit('nuslerp', inputs='experts', weight=weight))
-  for by_row in (True, False):
+  yield nuslerp(mergekit('nuslerp', weight=weight), ours(dj.nuslerp, weight))
+  yield nuslerp(
+    mergekit('nuslerp', inputs='experts', weight=weight),
+    ours(dj.nuslerp, weight, space='weights'),
+  )
+  for by_row, axis in ((True, 0), (False, -1)):
     options = {'nuslerp_flatten': False, 'nuslerp_row_wise': by_row}
-    yield nuslerp(mergekit('nuslerp', weight=weight, **options))
+    yield nuslerp(
+      mergekit('nuslerp', weight=weight, **options),
+      ours(along, axis, dj.nuslerp, weights=weight),
+    )
   for steps in (1, 10, 100):
-    yield Case('karcher', mergekit('karcher', inputs='experts', max_iter=steps))
-  yield Case('multislerp', mergekit('multislerp', weight=WEIGHTS))
+    yield Case(
+      'karcher',
+      mergekit('karcher', inputs='experts', max_iter=steps),
+      ours(dj.karcher, max_iter=steps),
+    )
 
 
-def _elementwise():
-  for filter_wise in (True, False):
-    yield Case('model_stock', mergekit('model_stock', filter_wise=filter_wise))
-  yield Case('model_stock', fusion_bench('model_stock'))
-  yield Case('model_stock', fusion_bench('model_stock'), problems=('pair',))
+def _angles():
+  yield Case(
+    'model_stock',
+    mergekit('model_stock', filter_wise=False),
+    ours(dj.model_stock),
+  )
+  yield Case(
+    'model_stock',
+    mergekit('model_stock', filter_wise=True),
+    ours(along, -1, dj.model_stock),
+  )
+  for problem in ('plain', 'pair'):
+    yield Case(
+      'model_stock',
+      fusion_bench('model_stock'),
+      ours(dj.model_stock, pairs='angle'),
+      problems=(problem,),
+    )
+
+
+def _pruned():
+  elect = {
+    'mean': ours(dj.aggregators.elect_mean, reading='mergekit'),
+    'sum': ours(dj.aggregators.elect_mean, 'sum', reading='mergekit'),
+    'all': ours(dj.aggregators.weighted_sum),
+  }
   for rescale in (True, False):
-    options = {'density': 0.5, 'epsilon': 0.2, 'weight': 1.0}
-    yield Case('della', mergekit('della', rescale=rescale, **options))
-    yield Case('della', mergekit('della_linear', rescale=rescale, **options))
+    for name, then in (('della', 'mean'), ('della_linear', 'all')):
+      yield Case(
+        'della',
+        mergekit(name, density=0.5, epsilon=0.2, weight=1.0, rescale=rescale),
+        ours(
+          along,
+          1,
+          magpruned,
+          then=elect[then],
+          density=0.5,
+          epsilon=0.2,
+          rescale='l1' if rescale else False,
+        ),
+        given=DRAWS,
+      )
   for gamma in (0.05, 0.3):
     options = {'density': 0.8, 'gamma': gamma, 'weight': 1.0}
-    yield Case('breadcrumbs', mergekit('breadcrumbs', **options))
-    yield Case('breadcrumbs', mergekit('breadcrumbs_ties', **options))
+    yield Case(
+      'breadcrumbs',
+      mergekit('breadcrumbs', **options),
+      ours(dj.breadcrumbs, 0.8, 1.0, gamma=gamma),
+    )
+    yield Case(
+      'breadcrumbs',
+      mergekit('breadcrumbs_ties', **options),
+      ours(
+        then_by,
+        dj.breadcrumbs,
+        0.8,
+        gamma=gamma,
+        then=elect['sum'],
+      ),
+    )
+
+
+def _chosen():
   for topk in (0.2, 1.0):
-    yield Case('sce', mergekit('sce', select_topk=topk))
-  yield Case('magmax', fusion_bench('magmax', scaling_factor=0.5))
+    yield Case(
+      'sce', mergekit('sce', select_topk=topk), ours(dj.sce, topk, floor=1e-6)
+    )
+  yield Case(
+    'magmax', fusion_bench('magmax', scaling_factor=0.5), ours(dj.magmax, 0.5)
+  )
   options = {'tall_mask_lambda': 0.4}
-  yield Case('tall_mask', fusion_bench('tall_mask', **options))
+  yield Case('tall_mask', fusion_bench('tall_mask', **options), ours(tall, 0.4))
   options |= {'scaling_factor': 0.3}
   for k in (1, 2, 3):
-    yield Case('consensus', fusion_bench('consensus', prun_thre_k=k, **options))
-  yield Case('emr', fusion_bench('emr'))
+    yield Case(
+      'consensus',
+      fusion_bench('consensus', prun_thre_k=k, **options),
+      ours(dj.consensus, 0.4, 0.3, min_tasks=k),
+    )
+  yield Case('emr', fusion_bench('emr'), ours(modulated, norm='mean'))
 
 
 def _spectral():
@@ -279,11 +442,17 @@ def _spectral():
 def _with_statistics():
   for normalize in (True, False):
     yield Case(
-      'fisher', fusion_bench('fisher', normalize_fisher_weight=normalize)
+      'fisher',
+      fusion_bench('fisher', normalize_fisher_weight=normalize),
+      ours(dj.weighted.precision_weighted, epsilon=1e-6, normalize=normalize),
+      given={'precisions': 'fisher'},
     )
   for ratio in (1.0, 0.9):
     yield Case(
-      'regmean', fusion_bench('regmean', reduce_non_diagonal_ratio=ratio)
+      'regmean',
+      fusion_bench('regmean', reduce_non_diagonal_ratio=ratio),
+      ours(gram_weighted, scale=ratio),
+      given={'grams': 'gram'},
     )
 
 
@@ -295,7 +464,9 @@ CASES = (
   *_dare(rescale=True),
   *_dare(rescale=False),
   *_spheres(),
-  *_elementwise(),
+  *_angles(),
+  *_pruned(),
+  *_chosen(),
   *_spectral(),
   *_with_statistics(),
 )
