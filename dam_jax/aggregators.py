@@ -35,8 +35,6 @@ def check_space(space: str) -> None:
 def by_leaf(leaf_fn: Callable[..., jax.Array]) -> Callable[..., Any]:
   """Makes a function of pytrees that reduces each leaf, in float32 or wider.
 
-  It is traced once for all leaves of one shape.
-
   Args:
     leaf_fn: `([K, *param_shape], *rest) -> [*param_shape]`, of floating-point
       leaves.
@@ -46,7 +44,6 @@ def by_leaf(leaf_fn: Callable[..., jax.Array]) -> Callable[..., Any]:
     not floating point, the first task's.
   """
 
-  @jax.jit
   def wide_fn(x, *rest):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       return x[0]

@@ -86,6 +86,7 @@ def sce(
   if merge not in ('selected', 'all'):
     raise ValueError(f"merge must be 'selected' or 'all', got {merge!r}")
 
+  @jax.jit  # compiles its loop once for all leaves of one shape
   def leaf_fn(x):
     num = x.shape[0]
     mean = sum(x) / num
@@ -142,7 +143,7 @@ def pcb(
   if reading not in READINGS:
     raise ValueError(f'reading must be one of {READINGS}, got {reading!r}')
 
-  @jax.jit
+  @jax.jit  # needs a fraction of the memory
   def merge(tau):
     dropped = selection.floor_share(1 - density, tau.shape[-1])
     rank = jnp.minimum(dropped + 1, tau.shape[-1])

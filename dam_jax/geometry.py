@@ -69,6 +69,7 @@ def karcher(
       f'weights must not be negative, nor all zero, got {weights}'
     )
 
+  @jax.jit  # compiles its loop once for all leaves of one shape
   def leaf_fn(x, p):
     share = jnp.broadcast_to(jnp.asarray(weights, x.dtype), x.shape[:1])
     share /= jnp.sum(share)

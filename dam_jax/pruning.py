@@ -78,23 +78,13 @@ def magprune(
     del params
     return DropState(jax.random.key(seed))
 
-  @jax.jit
+  @jax.jit  # needs a fraction of the memory
   def leaf_fn(x, uniform):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       return x
     wide = np.promote_types(x.dtype, np.float32)
     tau, restore = transforms.units(x.astype(wide), unit_axis)
-    size = tau.shape[-1]
-    order = jnp.argsort(jnp.abs(tau), axis=-1, descending=True)
-    rank = jnp.put_along_axis(
-      jnp.zeros_like(tau),
-      order,
-      jnp.arange(size, dtype=wide)[None, None],
-      axis=-1,
-      inplace=False,
-    )
-    d, e = jnp.asarray(density, wide), jnp.asarray(epsilon, wide)
-    keep = d + e * (1 - 2 * rank / max(size - 1, 1))
+    keep = _keep_probability(tau, density, epsilon)
     uniform, _ = transforms.units(uniform.astype(wide), unit_axis)
     kept = jnp.where(uniform >= 1 - keep, tau, 0)
     if rescale == 'l1':
@@ -114,6 +104,24 @@ def magprune(
     return pruned, DropState(key)
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _keep_probability(
+  tau: jax.Array, density: ArrayLike, epsilon: ArrayLike
+) -> jax.Array:
+  """Returns the probabilities by rank of units `[K, U, N]`."""
+  size = tau.shape[-1]
+  order = jnp.argsort(jnp.abs(tau), axis=-1, descending=True)
+  # Half the time of a second sort.
+  rank = jnp.put_along_axis(
+    jnp.zeros_like(tau),
+    order,
+    jnp.arange(size, dtype=tau.dtype)[None, None],
+    axis=-1,
+    inplace=False,
+  )
+  d, e = jnp.asarray(density, tau.dtype), jnp.asarray(epsilon, tau.dtype)
+  return d + e * (1 - 2 * rank / max(size - 1, 1))
 
 
 def keep_middle(
@@ -149,7 +157,7 @@ def keep_middle(
   transforms.check_share('gamma', gamma, zero=True, one=False)
   transforms.check_unit_axis(unit_axis)
 
-  @jax.jit
+  @jax.jit  # compiles its loops once for all leaves of one shape
   def leaf_fn(x):
     if not jnp.issubdtype(x.dtype, jnp.floating):
       return x
