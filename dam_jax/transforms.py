@@ -28,8 +28,9 @@ from dam_jax.typing import Deltas
 
 
 def check_finite(name: str, value: Any) -> None:
-  """Raises unless a concrete value is finite."""
-  if is_concrete(value) and not np.isfinite(float(value)):
+  """Raises unless a concrete value, or each of several, is finite."""
+  known = all(map(is_concrete, jax.tree.leaves(value)))
+  if known and not np.isfinite(np.asarray(value, np.float64)).all():
     raise ValueError(f'{name} must be finite, got {value}')
 
 

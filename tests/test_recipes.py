@@ -565,3 +565,13 @@ def test_merging_weights_without_weights_is_refused(make):
   tx = make()
   with pytest.raises(ValueError, match='pass params'):
     tx.update(deltas, tx.init(deltas))
+
+
+def test_task_arithmetic_takes_a_scale_for_each_task():
+  base, experts = {'w': jnp.ones(1)}, {'w': jnp.array([[2.0], [4.0]])}
+  merged = dj.merge(dj.task_arithmetic([1.0, 0.5]), base, experts).params
+  assert merged['w'] == pytest.approx(3.5)
+  with pytest.raises(ValueError, match=r'weights are \[3\].*2 experts'):
+    dj.merge(dj.task_arithmetic([1.0, 0.5, 0.1]), base, experts)
+  with pytest.raises(ValueError, match=r'scale must be finite, got \[1.0, inf'):
+    dj.task_arithmetic([1.0, np.inf])

@@ -85,17 +85,20 @@ def weighted_average(
   return optax.stateless(sum_fn)
 
 
-def task_arithmetic(scale: ArrayLike = 0.3) -> optax.GradientTransformation:
+def task_arithmetic(
+  scale: ArrayLike | Sequence[float] = 0.3,
+) -> optax.GradientTransformation:
   """Adds the task vectors, `theta = theta_0 + scale sum_t tau_t`.
 
   Args:
-    scale: of the sum.
+    scale: of the sum; or `[K]`, of each task vector.
 
   Returns:
     The transformation.
 
   Raises:
-    ValueError: where the scale is not finite.
+    ValueError: where the scale is not finite; at update, where there is not one
+      for each expert.
 
   Examples:
     >>> base, experts = {'w': jnp.ones(1)}, {'w': jnp.array([[2.], [4.]])}
