@@ -147,7 +147,7 @@ def options(name: str) -> dict[str, Any]:
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
-  build = DATA_FREE.get(name) or LEARNED[name]
+  build = _BUILDERS[name]
   fixed = build.keywords if isinstance(build, functools.partial) else {}
   return {
     key: p

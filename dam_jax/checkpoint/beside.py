@@ -1,5 +1,6 @@
 """What lies beside a Hugging Face model's weights, carried to a merged one."""
 
+from collections.abc import Mapping
 import fnmatch
 import json
 import pathlib
@@ -38,7 +39,10 @@ _DTYPE_KEYS = ('dtype', 'torch_dtype')
 
 
 def carry(
-  source: pathlib.Path, target: pathlib.Path, dtype: str | None
+  source: pathlib.Path,
+  target: pathlib.Path,
+  dtype: str | None,
+  vocab_sizes: Mapping[int, int],
 ) -> None:
   """Copies config, tokenizer, processor, chat templates and licences.
 
@@ -49,6 +53,7 @@ def carry(
     source: folder of a model.
     target: folder to copy to.
     dtype: what config.json is to say of the weights; None leaves it.
+    vocab_sizes: what each vocab_size in config.json becomes; others stay.
 
   Raises:
     ValueError: where config.json is no JSON object.
@@ -66,18 +71,23 @@ def carry(
     else:
       shutil.copyfile(path, target / path.name)
   logging.info('not carried from %s: %s', source, ', '.join(left))
-  if found and dtype is not None:
-    text = json.dumps(_with_dtype(found, dtype), indent=2)
+  changed = _changed(found, dtype, vocab_sizes)
+  if changed != found:
+    text = json.dumps(changed, indent=2)
     (target / 'config.json').write_text(text + '\n')
 
 
-def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
-  """Puts the dtype where a config and the configs in it have one."""
+def _changed(
+  config: dict[str, Any], dtype: str | None, vocab_sizes: Mapping[int, int]
+) -> dict[str, Any]:
+  """Changes what a config and the configs in it say of the weights."""
 
   def put(key, value):
     if key in _DTYPE_KEYS and isinstance(value, str):
-      return dtype
+      return dtype or value
+    if key == 'vocab_size' and isinstance(value, int):
+      return vocab_sizes.get(value, value)
     inner = isinstance(value, dict) and key != 'quantization_config'
-    return _with_dtype(value, dtype) if inner else value
+    return _changed(value, dtype, vocab_sizes) if inner else value
 
   return {key: put(key, value) for key, value in config.items()}

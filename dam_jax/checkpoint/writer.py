@@ -68,6 +68,7 @@ class ModelWriter:
     max_shard_bytes: int | float = 5e9,
     metadata: Mapping[str, str] | None = None,
     carry: epath.PathLike | None = None,
+    vocab_sizes: Mapping[int, int] | None = None,
     name_map: headers.NameMap = headers.PATHS,
     plan: Any = None,
     alias: Mapping[str, str] | None = None,
@@ -86,6 +87,7 @@ class ModelWriter:
       carry: folder of a model whose config, tokenizer, processor, chat
         templates and licences are copied; config.json then says the dtype
         that is written.
+      vocab_sizes: what each vocab_size in config.json becomes.
       name_map: names and layouts.
       plan: what the model is made of, JSON values: an interrupted run with
         the same plan goes on, another starts over; None always does.
@@ -104,6 +106,7 @@ class ModelWriter:
     self._leaves, self._name_map = dict(leaves), name_map
     self._alias = {p: s for p, s in (alias or {}).items() if p in leaves}
     self._overwrite = overwrite
+    self._vocab_sizes = dict(vocab_sizes or {})
     self._refuse_existing()
     metadata = {'format': 'pt'} if metadata is None else dict(metadata)
     self._check(dtype, max_shard_bytes, metadata)
@@ -381,7 +384,12 @@ class ModelWriter:
     if self._shards[1:]:
       files[layout.INDEX] = layout.index(self._specs, self._shards)
     if self._carry is not None:
-      beside.carry(self._carry, self._content, self._written_dtype())
+      beside.carry(
+        self._carry,
+        self._content,
+        self._written_dtype(),
+        self._vocab_sizes,
+      )
     for name, content in files.items():
       (self._content / name).write_bytes(content)
     for path in self._content.iterdir():

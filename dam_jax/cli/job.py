@@ -70,6 +70,7 @@ class Plan:
     labels: of leaves by path.
     tied: leaves that are another's value.
     passes: how often each label's leaves are read.
+    vocab_sizes: numbers of rows that changed, from the base's.
   """
 
   job: Job
@@ -79,6 +80,7 @@ class Plan:
   labels: Mapping[str, str]
   tied: Mapping[str, str]
   passes: Mapping[str, int]
+  vocab_sizes: Mapping[int, int]
 
   @functools.cached_property
   def read_bytes(self) -> int:
@@ -157,6 +159,7 @@ def prepare(job: Job) -> Plan:
     name: _open_expert(path, base) for name, path in job.experts.items()
   }
   vocabulary = _match('vocabulary', job.vocabulary, base)
+  rows = {path: base.leaves[path].shape[0] for path in vocabulary}
   base, experts = checkpoint.fit_rows(base, experts, vocabulary)
   streaming.check(base, experts)
   matched = _match('rules', job.rules, base)
@@ -186,6 +189,7 @@ def prepare(job: Job) -> Plan:
     labels=labels,
     tied=tied,
     passes=passes,
+    vocab_sizes={n: base.leaves[path].shape[0] for path, n in rows.items()},
   )
 
 
@@ -328,6 +332,7 @@ def run(
       if lone
       else None,
       carry=_carried(plan, lone),
+      vocab_sizes=plan.vocab_sizes,
       plan=_identity(plan),
       alias=plan.tied,
       overwrite=overwrite or orbax,

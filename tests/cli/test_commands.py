@@ -142,16 +142,28 @@ def test_vocabularies_of_other_sizes_need_a_rule(files, capsys):
   assert code == 2
   assert 'c: embed/weight: got float32[8, 4]' in capsys.readouterr().err
   sizes = {}
+  carry = files / 'carry'
+  carry.mkdir()
+  (carry / 'config.json').write_text(
+    '{"vocab_size": 6, "text_config": {"vocab_size": 6}, "other": 6}'
+  )
   for rule in ('keep', 'pad', 'intersect'):
     code, out = merge(
       files,
       f'--vocab=embed/.*={rule}',
+      f'--carry={carry}',
       experts=('a', 'c'),
       method='average',
       out=rule,
     )
     assert code == 0
     sizes[rule] = read(out)['embed/weight'].shape[0]
+    config = json.loads((out / 'config.json').read_text())
+    assert config == {
+      'vocab_size': sizes[rule],
+      'text_config': {'vocab_size': sizes[rule]},
+      'other': 6,
+    }
   assert sizes == {'keep': 6, 'pad': 8, 'intersect': 6}
   kept = read(files / 'keep')['embed/weight']
   np.testing.assert_array_equal(kept, make(0)['embed']['weight'])
