@@ -206,6 +206,10 @@ def table() -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+_MERGES = ('then', 'others')
+"""Arguments that are merges themselves."""
+
+
 def build(
   name: str, options: Mapping[str, Any]
 ) -> optax.GradientTransformation:
@@ -213,8 +217,8 @@ def build(
 
   Args:
     name: of the method.
-    options: its arguments by name. `then`, where a method has it, is the name
-      of another method, and `then.<key>` that one's arguments.
+    options: its arguments by name. `then` and `others`, where a method has
+      them, are the name of another method, and `then.<key>` that one's.
 
   Returns:
     The transformation of task vectors.
@@ -228,12 +232,14 @@ def build(
   """
   if name not in DATA_FREE:
     raise ValueError(f'no method {name!r}, there are {", ".join(DATA_FREE)}')
-  inner = {
-    key.removeprefix('then.'): x
-    for key, x in options.items()
-    if key.startswith('then.')
-  }
-  own = {k: x for k, x in options.items() if not k.startswith('then.')}
+  own: dict[str, Any] = {}
+  inner: dict[str, dict[str, Any]] = {key: {} for key in _MERGES}
+  for key, value in options.items():
+    outer, dot, rest = key.partition('.')
+    if dot and outer in _MERGES:
+      inner[outer][rest] = value
+    else:
+      own[key] = value
   parameters = DATA_FREE[name].options
   lines = [f'no option {key!r}' for key in own if key not in parameters]
   lines += [
@@ -241,13 +247,17 @@ def build(
     for key, p in parameters.items()
     if p.default is p.empty and key not in own
   ]
-  if inner and 'then' not in own:
-    lines.append(f'options of then, {", ".join(inner)}, without then')
+  lines += [
+    f'options of {key}, {", ".join(found)}, without {key}'
+    for key, found in inner.items()
+    if found and own.get(key) is None
+  ]
   if lines:
     names = ', '.join(parameters) or 'none'
     raise ValueError(f'{name}: {"; ".join(lines)}; its options are {names}')
-  if 'then' in own:
-    own['then'] = build(own['then'], inner)
+  for key in _MERGES:
+    if own.get(key) is not None:
+      own[key] = build(own[key], inner[key])
   try:
     return DATA_FREE[name].factory(**own)
   except TypeError as e:

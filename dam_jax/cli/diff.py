@@ -147,20 +147,17 @@ def _cell(value: float | None) -> str:
 
 
 _HEADS = {
-  'norm_a': '|A|',
-  'norm_b': '|B|',
   'norm_difference': '|A - B|',
-  'relative_difference': '|A - B| / |A|',
+  'relative_difference': '/ |A|',
   'largest_difference': 'largest',
-  'norm_task_vector_a': '|task A|',
-  'norm_task_vector_b': '|task B|',
   'cosine': 'cosine',
   'sign_conflicts': 'conflicts',
 }
+"""Columns of the table; `--json` has all figures."""
 
 
 def _show(found: dict[str, Any], rows: str, console: Console) -> None:
-  names = list(found['whole'])
+  names = [name for name in _HEADS if name in found['whole']]
   table = Table(box=None, pad_edge=False)
   table.add_column(rows, overflow='fold')
   for name in names:
