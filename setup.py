@@ -50,6 +50,7 @@ TEST = [
   'hypothesis>=6.100.0',
   'pillow>=10.3',
   'pyrefly==1.4.*',
+  'pytest-xdist>=3.6',
   'pytest>=8.2.0',
   'ruff==0.17.*',
 ]
