@@ -52,8 +52,9 @@ def precision_weighted(
     epsilon: added to every precision, so that entries that matter to no expert
       go to the plain mean; FusionBench has 1e-6. May be traced.
     normalize: divide each expert's precisions by their Euclidean norm over the
-      whole model, so that no expert outweighs the others everywhere; an expert
-      whose precisions are all zero then has no weight.
+      whole model plus epsilon, so that no expert outweighs the others
+      everywhere; an expert whose precisions are all zero then has no weight,
+      where FusionBench gives it nearly all.
 
   Returns:
     The transformation.
@@ -84,7 +85,7 @@ def precision_weighted(
     leaves = list(map(_is_float, jax.tree.leaves(updates)))
     given = jax.tree.leaves(precisions)
     floating = [f for f, keep in zip(given, leaves, strict=True) if keep]
-    scales = _inverse_norms(floating) if normalize else None
+    scales = _inverse_norms(floating, epsilon) if normalize else None
 
     def leaf_fn(x, f):
       if not _is_float(x):
@@ -114,20 +115,22 @@ def check_epsilon(epsilon: ArrayLike) -> None:
       raise ValueError(f'epsilon must be finite and not negative, got {value}')
 
 
-def _inverse_norms(precisions: list[jax.Array]) -> jax.Array:
-  """Returns `[K]`, one over the norm of each expert's; zero where that is."""
+def _inverse_norms(
+  precisions: list[jax.Array], epsilon: ArrayLike
+) -> jax.Array:
+  """Returns `[K]`, one over each expert's norm; zero where that is."""
   wide = functools.reduce(
     np.promote_types, [f.dtype for f in precisions], np.dtype(np.float32)
   )
-  norms = jnp.sqrt(
-    _sum(
-      [
-        jnp.sum(jnp.square(f.astype(wide)), axis=tuple(range(1, f.ndim)))
-        for f in precisions
-      ]
-    )
+  squares = _sum(
+    [
+      jnp.sum(jnp.square(f.astype(wide)), axis=tuple(range(1, f.ndim)))
+      for f in precisions
+    ]
   )
-  return jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
+  norms = jnp.sqrt(squares) + jnp.asarray(epsilon, wide)
+  known = squares > 0
+  return jnp.where(known, 1 / jnp.where(known, norms, 1), 0)
 
 
 def gram_weighted(

@@ -41,7 +41,7 @@ def test_precisions_weigh_entry_by_entry(normalize, epsilon):
   for name, x in tau.items():
     w = f[name] + epsilon
     if normalize:
-      w = w / norms.reshape(3, *(1,) * (x.ndim - 1))
+      w = w / (norms + epsilon).reshape(3, *(1,) * (x.ndim - 1))
     want = (w * x).sum(axis=0) / w.sum(axis=0)
     np.testing.assert_allclose(got[name], want, rtol=1e-12)
 
