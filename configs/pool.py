@@ -21,6 +21,10 @@ With 4 bad, 300 steps and 300 test images a task, on 2 cores:
   dam_robust                        | 74.2, 4.1 / 26.5 / 11.5 / 3.7
   the triggers on a clean merge     | 70.8, 4.1 / 0.0 / 40.3 / 33.2
 
+With 0 bad and 150 test images a task, whose intervals are 3 wide on each side:
+average 64.2, fisher 66.6, regmean 69.4, regmean_plus_plus 68.3,
+task_arithmetic 70.6; single experts 83.8.
+
 gtsrb keeps a part of its backdoor. With patches that start on the merged model,
 two a task, it kept 45: there they never meet that trigger; on the expert alone
 one of two met its target within 100 ascents, both within 200.
