@@ -153,6 +153,15 @@ def _rank(density: ArrayLike, more: int, size: int | jax.Array) -> Any:
   return size + 1 - jnp.clip(kept, 1, size)
 
 
+def _find(counts: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Returns each row's bin that holds a rank, and the rank in that bin."""
+  below = jnp.cumsum(counts, axis=-1)
+  found = jnp.sum(below < rank[:, None], axis=-1)
+  at = found[:, None]
+  before = jnp.take_along_axis(below - counts, at, axis=-1)[:, 0]
+  return found, rank - before
+
+
 def _by_halves(
   magnitude: jax.Array,
   *,
@@ -174,12 +183,13 @@ def _by_halves(
     return locate(total, jnp.broadcast_to(rank, total.shape[:1]))
 
   def locate(total, rank):
-    rank = rank.astype(total.dtype)
-    below = jnp.cumsum(total, axis=-1)
-    found = jnp.sum(below < rank[:, None], axis=-1)
-    at = found[:, None]
-    before = jnp.take_along_axis(below - total, at, axis=-1)[:, 0]
-    return found.astype(words.dtype), (rank - before).astype(jnp.uint32)
+    # In two levels: XLA may compute a long cumulative sum entry by entry.
+    blocks = total.reshape(total.shape[0], 1 << _HALF // 2, -1)
+    block, rank = _find(jnp.sum(blocks, axis=-1), rank.astype(total.dtype))
+    own = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    place, rank = _find(own, rank)
+    found = block * blocks.shape[-1] + place
+    return found.astype(words.dtype), rank.astype(jnp.uint32)
 
   flat = words.reshape(-1, words.shape[-1])
   counted, finish, args = jnp.ones(flat.shape, bool), first, ()
