@@ -155,7 +155,7 @@ def _rank(density: ArrayLike, more: int, size: int | jax.Array) -> Any:
 
 def _find(counts: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns each row's bin that holds a rank, and the rank in that bin."""
-  below = jnp.cumsum(counts, axis=-1)
+  below = jnp.cumsum(counts, axis=-1, dtype=counts.dtype)
   found = jnp.sum(below < rank[:, None], axis=-1)
   at = found[:, None]
   before = jnp.take_along_axis(below - counts, at, axis=-1)[:, 0]
@@ -185,7 +185,8 @@ def _by_halves(
   def locate(total, rank):
     # In two levels: XLA may compute a long cumulative sum entry by entry.
     blocks = total.reshape(total.shape[0], 1 << _HALF // 2, -1)
-    block, rank = _find(jnp.sum(blocks, axis=-1), rank.astype(total.dtype))
+    coarse = jnp.sum(blocks, axis=-1, dtype=total.dtype)
+    block, rank = _find(coarse, rank.astype(total.dtype))
     own = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
     place, rank = _find(own, rank)
     found = block * blocks.shape[-1] + place
