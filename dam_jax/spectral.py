@@ -43,8 +43,7 @@ from dam_jax import tree
 from dam_jax.base import chain
 from dam_jax.base import is_concrete
 
-SOLVERS = ('adam', 'exact')
-"""How `wudi` minimises."""
+SOLVERS = ('adam', 'exact')  # how `wudi` minimises
 
 
 def _check(name: str, value: Any, holds: Callable[[Any], Any], want: str):
@@ -59,8 +58,8 @@ def _merge(
   scale: ArrayLike,
 ) -> optax.GradientTransformation:
   """Merges matrices by `tx`, other leaves by `others`, then scales."""
-  split = matrices.split(tx, others or aggregators.mean())
-  return optax.chain(split, matrices.scaled(scale))
+  tx = matrices.split(tx, others or aggregators.mean())
+  return optax.chain(tx, matrices.scaled(scale))
 
 
 def tsv_m(
@@ -326,8 +325,8 @@ def wudi(
       return _solve(x, omega)
     return _descend(x, omega, rate, iterations)
 
-  tx = matrices.each(matrix_fn, input_axis)
-  return matrices.split(tx, others or aggregators.keep_base())
+  others = others or aggregators.keep_base()
+  return matrices.split(matrices.each(matrix_fn, input_axis), others)
 
 
 def _merging(
