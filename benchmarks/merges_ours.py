@@ -1,0 +1,107 @@
+"""Our merges of files held in memory, for `benchmarks.merge_worker`."""
+
+from collections.abc import Iterator
+import functools
+import itertools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.merge_worker import Merge
+from benchmarks.merge_worker import expert_paths
+import dam_jax as dj
+from dam_jax import checkpoint
+
+METHODS = {
+  'average': dj.average,
+  'task_arithmetic': functools.partial(dj.task_arithmetic, 0.3),
+  'ties': functools.partial(dj.ties, 0.2, 0.3),
+}
+
+
+def _arrays(params: Any) -> Any:
+  return jax.block_until_ready(jax.tree.map(jnp.array, params))
+
+
+def _read(folder: Path, form: str, num: int) -> tuple[Any, Any]:
+  base, paths = folder / 'base.safetensors', expert_paths(folder, num)
+  if form == 'leaves':
+    models = [_arrays(checkpoint.load_params(path)) for path in (base, *paths)]
+    return models[0], models[1:]
+  named = {path.stem: path for path in paths}
+  base, experts = checkpoint.load_experts(base, named)
+  return _arrays(base), _arrays(experts)
+
+
+def _draws(folder: Path, num: int) -> Iterator[tuple[Any, Any]]:
+  """Yields models of random entries, each time others."""
+  shapes = checkpoint.load_abstract(folder / 'base.safetensors')
+
+  @jax.jit
+  def draw(key):
+    keys = dj.transforms.leaf_keys(key, shapes)
+    normal = jax.random.normal
+    return (
+      jax.tree.map(lambda k, x: normal(k, x.shape), keys, shapes),
+      jax.tree.map(lambda k, x: normal(k, (num, *x.shape)), keys, shapes),
+    )
+
+  for seed in itertools.count():
+    yield jax.block_until_ready(draw(jax.random.key(seed)))
+
+
+def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
+  """Reads a base and its experts; the threads are those of the process.
+
+  Args:
+    folder: of the models.
+    method: one of `METHODS`.
+    form: 'stacked': `dj.merge` jitted; 'donated': with the base donated;
+      'device': the same, on random models; 'leaves': `dj.streaming.merge`.
+    num: of experts.
+    threads: that the process was given.
+
+  Returns:
+    The merge.
+  """
+  tx = METHODS[method]()
+  donated = form in ('donated', 'device')
+  if form == 'device':
+    prepare = functools.partial(next, _draws(folder, num))
+  else:
+    base, experts = _read(folder, form, num)
+
+    def prepare():
+      return (_arrays(base) if donated else base), experts
+
+  if form == 'leaves':
+    merge = functools.partial(dj.streaming.merge, tx)
+  else:
+    merge = jax.jit(
+      lambda base, experts: dj.merge(tx, base, experts).params,
+      donate_argnums=(0,) if donated else (),
+    )
+  return Merge(
+    prepare=prepare,
+    run=lambda given: jax.block_until_ready(merge(*given)),
+    about={
+      'platform': jax.default_backend(),
+      'device': jax.devices()[0].device_kind,
+      'threads': threads,
+      'versions': checkpoint.versions(),
+    },
+    difference=_difference,
+  )
+
+
+def _difference(params: Any, path: Path) -> float:
+  model = checkpoint.open_model(path)
+  errors = [0.0]
+  for name, ours in dj.tree.flatten(params).items():
+    peer = model.read(name)
+    most = float(np.max(np.abs(peer)))
+    errors.append(float(np.max(np.abs(ours - peer))) / (most or 1))
+  return max(errors)
