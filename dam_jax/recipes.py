@@ -23,6 +23,7 @@ import optax
 from dam_jax import aggregators
 from dam_jax import transforms
 from dam_jax.base import chain
+from dam_jax.base import entrywise
 from dam_jax.base import is_concrete
 
 
@@ -96,7 +97,7 @@ def weighted_average(
     out, _ = tx.update(updates, optax.EmptyState(), params)
     return jax.tree.map(leaf_fn, out, params)
 
-  return optax.stateless(sum_fn)
+  return entrywise(optax.stateless(sum_fn))
 
 
 def task_arithmetic(scale: ArrayLike = 0.3) -> optax.GradientTransformation:
