@@ -119,9 +119,10 @@ def merge(
     >>> merge(dj.average(), base, experts).params
     {'w': Array([3.], dtype=float32)}
   """
+  unrolled = isinstance(tx, Entrywise)
   tx = optax.with_extra_args_support(tx)
   state = tx.init(base) if state is None else state
-  deltas = tree.task_vectors(base, experts)
+  deltas = tree.task_vectors(base, experts, unrolled=unrolled)
   updates, state = tx.update(deltas, state, base, **extra_args)
   return MergeResult(tree.apply_delta(base, updates), state)
 
