@@ -20,6 +20,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 from pathlib import Path
 import platform
@@ -130,12 +131,12 @@ def measure_memory(bench: _Bench) -> Iterator[dict[str, Any]]:
       peer = None
       if _FUSION_BENCH.value and fits:
         peer = enter(bench.worker('merges_fusion_bench', method, '', num))
-        peer_first = peer.ask('run')
+        peer_first = peer.ask('first')
         saved = bench.folder / 'peer.safetensors'
         peer.ask('save', str(saved))
       for form in FORMS:
         with bench.worker('merges_ours', method, form, num) as ours:
-          first = ours.ask('run')
+          first = ours.ask('first')
           error = None
           if peer is not None:
             error = ours.ask('difference', str(saved))
@@ -212,7 +213,7 @@ def measure_device(bench: _Bench) -> Iterator[dict[str, Any]]:
   with bench.worker('merges_ours', 'task_arithmetic', 'device', 6) as ours:
     if ours.about['platform'] == 'cpu':
       return
-    first = ours.ask('run')
+    first = ours.ask('first')
     times = [ours.ask('run') for _ in range(_REPEATS.value)]
   yield bench.row(
     'device', 'task_arithmetic', 6, 'donated', first=first, ours=times
@@ -227,11 +228,11 @@ PARTS = {
 
 
 def _median(times: Sequence[dict[str, float]], key: str) -> float:
-  return statistics.median(x[key] for x in times)
+  return statistics.median([x[key] for x in times] or [math.nan])
 
 
 def _timed(
-  times: Sequence[dict[str, float]] | None, peak: float | None, model: int
+  times: Sequence[dict[str, float]] | None, peak: float, model: int
 ) -> list[str]:
   if times is None:
     return ['-'] * 3
@@ -240,15 +241,16 @@ def _timed(
   return [
     f'{middle:.3g} ({min(seconds):.3g}-{max(seconds):.3g})',
     f'{_median(times, "cpu"):.3g}',
-    f'{(_median(times, "peak") if peak is None else peak) / model:.1f}',
+    f'{peak / model:.1f}',
   ]
 
 
 def _cells(row: dict[str, Any], model: int) -> list[str]:
   """Returns the cells of the table."""
-  first = row.get('first'), row.get('peer_first')
-  # A process's first merge is the one whose memory is all its own.
-  peaks = [None if x is None else x['peak'] for x in first]
+  peaks = [
+    row[first]['peak'] if first in row else _median(row.get(name, []), 'peak')
+    for name, first in (('ours', 'first'), ('peer', 'peer_first'))
+  ]
   faster, share = '-', ''
   if 'peer' in row:
     faster = ' / '.join(

@@ -18,6 +18,7 @@ import optax
 from dam_jax import selection
 from dam_jax import transforms
 from dam_jax import tree
+from dam_jax.base import entrywise
 
 MERGES = ('mean', 'sum', 'max')
 """How `elect_mean` merges the entries that agree."""
@@ -73,13 +74,14 @@ def mean() -> optax.GradientTransformation:
     >>> mean().update({'w': jnp.array([[1.], [3.]])}, None)[0]['w'].tolist()
     [2.0]
   """
-  return optax.stateless(
-    lambda updates, params=None: jax.tree.map(
-      lambda x: (
-        _sum(x) / x.shape[0] if jnp.issubdtype(x.dtype, jnp.floating) else x[0]
-      ),
-      updates,
-    )
+
+  def leaf_fn(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x[0]
+    return _sum(x) / x.shape[0]
+
+  return entrywise(
+    optax.stateless(lambda updates, params=None: jax.tree.map(leaf_fn, updates))
   )
 
 
@@ -116,7 +118,7 @@ def weighted_sum(
 
     return jax.tree.map(leaf_fn, updates)
 
-  return optax.stateless(sum_fn)
+  return entrywise(optax.stateless(sum_fn))
 
 
 def elect_mean(
@@ -195,8 +197,8 @@ def elect_mean(
     rest = tuple(x[0] for x in flat.rest)
     return tree.Raveled(merged, rest, flat.layout).unravel(), state
 
-  return optax.GradientTransformationExtraArgs(
-    optax.init_empty_state, update_fn
+  return entrywise(
+    optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
   )
 
 

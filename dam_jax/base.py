@@ -31,6 +31,20 @@ def is_concrete(x: Any) -> bool:
   return not isinstance(x, jax.core.Tracer)
 
 
+class Entrywise(optax.GradientTransformationExtraArgs):
+  """A transformation that does to every entry what it does to any other.
+
+  It takes a bare array `[K, n]` of any entries of a model, in any order, and
+  what it needs to know of all of them it asks for by `sum_parts`. So a merge of
+  parts may cut a model where it likes, not between leaves only.
+  """
+
+
+def entrywise(tx: optax.GradientTransformation) -> Entrywise:
+  """Says of a transformation that it is `Entrywise`."""
+  return Entrywise(*optax.with_extra_args_support(tx))
+
+
 class MergeResult(NamedTuple):
   """What a merge returns.
 
@@ -105,9 +119,10 @@ def merge(
     >>> merge(dj.average(), base, experts).params
     {'w': Array([3.], dtype=float32)}
   """
+  unrolled = isinstance(tx, Entrywise)
   tx = optax.with_extra_args_support(tx)
   state = tx.init(base) if state is None else state
-  deltas = tree.task_vectors(base, experts)
+  deltas = tree.task_vectors(base, experts, unrolled=unrolled)
   updates, state = tx.update(deltas, state, base, **extra_args)
   return MergeResult(tree.apply_delta(base, updates), state)
 
@@ -124,7 +139,7 @@ def chain(
     *transforms: the last one reduces the task axis, those before it keep it.
 
   Returns:
-    One transformation.
+    One transformation; `Entrywise` where all links are.
 
   Raises:
     ValueError: at update, where a link before the last drops the task axis.
@@ -158,7 +173,9 @@ def chain(
         )
     return tx.update(updates, state, params, **extra_args)
 
-  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  one = optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  by_entry = all(isinstance(link, Entrywise) for link in transforms)
+  return entrywise(one) if by_entry else one
 
 
 def from_transform(tx: optax.GradientTransformation) -> Merger:

@@ -23,6 +23,7 @@ from dam_jax import localization
 from dam_jax import selection
 from dam_jax import transforms
 from dam_jax import tree
+from dam_jax.base import entrywise
 
 READINGS = ('paper', 'code')
 """How `pcb` weighs entries."""
@@ -49,7 +50,9 @@ def max_magnitude(scale: ArrayLike = 1.0) -> optax.GradientTransformation:
     return jnp.asarray(scale, x.dtype) * largest
 
   reduce_fn = aggregators.by_leaf(leaf_fn)
-  return optax.stateless(lambda updates, params=None: reduce_fn(updates))
+  return entrywise(
+    optax.stateless(lambda updates, params=None: reduce_fn(updates))
+  )
 
 
 def sce(

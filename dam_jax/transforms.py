@@ -23,6 +23,7 @@ import optax
 
 from dam_jax import selection
 from dam_jax import tree
+from dam_jax.base import entrywise
 from dam_jax.base import is_concrete
 from dam_jax.typing import Deltas
 
@@ -148,9 +149,8 @@ def trim(
     kept = _keep_largest(flat.vector, density, more=more, sum_parts=sum_parts)
     return flat.unravel(kept), state
 
-  return optax.GradientTransformationExtraArgs(
-    optax.init_empty_state, update_fn
-  )
+  tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+  return entrywise(tx) if scope == 'model' else tx
 
 
 def keep_sum(kept: jax.Array, x: jax.Array) -> jax.Array:
@@ -290,7 +290,7 @@ def scale_tasks(
 
     return jax.tree.map(leaf_fn, updates)
 
-  return optax.stateless(scale_fn)
+  return entrywise(optax.stateless(scale_fn))
 
 
 def check_weights(

@@ -219,12 +219,17 @@ def unstack(experts: Params) -> list[Params]:
   return [jax.tree.map(lambda x, k=k: x[k], experts) for k in range(num)]
 
 
-def task_vectors(base: Params, experts: Params) -> Deltas:
+def task_vectors(
+  base: Params, experts: Params, *, unrolled: bool = False
+) -> Deltas:
   """Returns `tau_t = theta_t - theta_0`, leaf by leaf.
 
   Args:
     base: parameters.
     experts: stacked models, leaves `[K, *param_shape]`.
+    unrolled: subtract expert by expert. A compiled sum of such task vectors
+      overwrites a base that is donated; what needs them as one array takes `K`
+      models more memory.
 
   Returns:
     Leaves `[K, *param_shape]`, in float32 at least, which the difference of
@@ -244,7 +249,8 @@ def task_vectors(base: Params, experts: Params) -> Deltas:
     if not _is_float(b):
       return jnp.zeros_like(e)
     wide = np.promote_types(b.dtype, np.float32)
-    return e.astype(wide) - b.astype(wide)[None]
+    b, e = b.astype(wide), e.astype(wide)
+    return jnp.stack([x - b for x in e]) if unrolled else e - b[None]
 
   return jax.tree.map(leaf_fn, base, experts)
 

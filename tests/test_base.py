@@ -136,3 +136,16 @@ def test_scan_steps_consumes_the_state_and_nothing_else():
   run(state, base, EXPERTS, None, jnp.ones(3))
   assert state.is_deleted()
   assert not any(x.is_deleted() for x in jax.tree.leaves((base, EXPERTS)))
+
+
+@pytest.mark.parametrize('tx', [dj.average(), dj.task_arithmetic(0.3)])
+def test_a_donated_base_is_overwritten_in_place(tx):
+  base = {'w': jnp.ones((64, 8)), 'b': jnp.ones(8)}
+  experts = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), base)
+  merge = jax.jit(lambda b, e: dj.merge(tx, b, e).params, donate_argnums=0)
+  compiled = merge.lower(base, experts).compile()
+  assert ' copy(' not in compiled.as_text()
+  size = sum(x.nbytes for x in jax.tree.leaves(base))
+  memory = compiled.memory_analysis()
+  assert memory.alias_size_in_bytes == size
+  assert memory.temp_size_in_bytes < size

@@ -44,7 +44,8 @@ BESIDE = {
   'evaluate': ('typing', 'tree', 'losses'),
   'checkpoint': ('typing', 'tree', 'base'),
   'metric_writer': ('typing', 'tree', 'base'),
-  'streaming': ('typing', 'tree', 'base'),
+  'blocks': ('typing',),
+  'streaming': ('typing', 'tree', 'base', 'blocks'),
   'sharding': ('typing', 'tree', 'base'),
 }
 NOT_IN_CORE = {'flax', 'grain', 'orbax', 'tensorflow', 'tensorflow_datasets'}

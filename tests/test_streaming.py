@@ -129,15 +129,19 @@ def test_draws_depend_on_a_leafs_path_alone():
   assert (alone != whole['c']).all()
 
 
-def test_never_holds_more_leaves_than_workers():
-  held, most, lock = 0, 0, threading.Lock()
+@pytest.mark.parametrize(
+  ('tx', 'most'), [(METHODS['ties_mergekit'], 2), (METHODS['average'], 4)]
+)
+def test_holds_few_leaves_at_a_time(tx, most, monkeypatch):
+  monkeypatch.setattr(dj.blocks, 'SIZE', 6)  # two of them have three
+  held, seen, lock = 0, 0, threading.Lock()
 
   class Watched(Model):
     def read(self, path):
-      nonlocal held, most
+      nonlocal held, seen
       with lock:
         held += 1
-        most = max(most, held)
+        seen = max(seen, held)
       return super().read(path)
 
   def put(path, leaf):
@@ -146,10 +150,35 @@ def test_never_holds_more_leaves_than_workers():
     with lock:
       held -= 1
 
-  params = {str(i): np.ones((3, 2), np.float32) for i in range(20)}
+  params = {str(i): np.ones((2, 2), np.float32) for i in range(20)}
   base, expert = Watched(params), Model(params)
-  dj.streaming.merge_leaves(dj.average(), base, {'e': expert}, put, workers=2)
-  assert most <= 2
+  experts = dict.fromkeys('abc', expert)
+  dj.streaming.merge_leaves(tx, base, experts, put, workers=2)
+  assert seen <= most
+
+
+@pytest.mark.parametrize('block', [16, 160])
+@pytest.mark.parametrize('name', ['average', 'ties'])
+def test_blocks_give_what_leaves_give(name, block, monkeypatch):
+  tx = METHODS[name]
+  assert isinstance(tx, dj.base.Entrywise)
+  leaves, _ = stream(optax.GradientTransformationExtraArgs(*tx))
+  monkeypatch.setattr(dj.blocks, 'SIZE', block)
+  blocks, source = stream(tx)
+  assert set(blocks) == set(leaves)
+  assert set(source.reads) == set(leaves)
+  for path, leaf in leaves.items():
+    np.testing.assert_array_equal(blocks[path], leaf)
+
+
+def test_a_leaf_may_be_empty():
+  base = {**BASE, 'none': np.zeros((0, 3), np.float32)}
+  merged, _ = stream(
+    dj.average(),
+    base=base,
+    experts=[{**e, 'none': base['none']} for e in EXPERTS],
+  )
+  assert merged['none'].shape == (0, 3)
 
 
 def test_an_error_while_putting_ends_the_merge():

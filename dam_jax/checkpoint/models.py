@@ -14,6 +14,7 @@ and may be used by several threads.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+import mmap
 import operator
 import os
 import pathlib
@@ -147,7 +148,7 @@ def _of_headers(
   for header in found:
     named, lines = headers.to_leaves(header, name_map)
     unknown += lines
-    data = np.memmap(header.path, np.uint8, mode='r').view(np.ndarray)
+    data = _Map(header.path)
     for path, (name, struct) in named.items():
       leaves[path] = struct
       views[path] = functools.partial(
@@ -169,10 +170,30 @@ def _of_headers(
   )
 
 
+class _Map:
+  """A memory-mapped file of which about one tensor stays in memory."""
+
+  def __init__(self, path: pathlib.Path):
+    mapped = np.memmap(path, np.uint8, mode='r')
+    self._map: Any = mapped.base
+    self._bytes = mapped.view(np.ndarray)
+    self._last = 0, 0
+
+  def read(self, start: int, stop: int) -> np.ndarray:
+    """Returns a view, and lets go of what the one before it has read."""
+    begin, end = self._last
+    self._last = start, stop
+    if hasattr(mmap, 'MADV_DONTNEED') and end > begin:
+      # Whoever still reads there has it read from the file once more.
+      begin -= begin % mmap.PAGESIZE
+      self._map.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+    return self._bytes[start:stop]
+
+
 def _view(
-  data: np.ndarray, tensor: headers.Tensor, axes: Sequence[int] | None
+  data: _Map, tensor: headers.Tensor, axes: Sequence[int] | None
 ) -> np.ndarray:
-  array = data[tensor.start : tensor.stop].view(tensor.dtype)
+  array = data.read(tensor.start, tensor.stop).view(tensor.dtype)
   array = array.reshape(tensor.shape)
   return array if axes is None else array.transpose(axes)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dam_jax import blocks
 from dam_jax import catalogue
 from dam_jax import checkpoint
 from dam_jax import streaming
@@ -101,10 +102,12 @@ class Plan:
   def memory_bytes(self) -> int:
     """Bytes of leaves that are held at a time, an estimate from above.
 
-    For each worker the largest leaf of the base and of each expert, its task
-    vectors and as much again for what the method computes with them.
+    For each worker the largest leaf of the base and of each expert, or a block
+    of small ones, its task vectors and as much again for what the method
+    computes with them.
     """
-    largest = max(math.prod(x.shape) for x in self.base.leaves.values())
+    sizes = [math.prod(x.shape) for x in self.base.leaves.values()]
+    largest = max(*sizes, min(blocks.SIZE, sum(sizes)))
     return self.job.workers * 4 * largest * (3 * len(self.experts) + 3)
 
   def record(

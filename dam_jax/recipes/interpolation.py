@@ -14,6 +14,7 @@ import optax
 from dam_jax import aggregators
 from dam_jax import geometry
 from dam_jax import transforms
+from dam_jax.base import entrywise
 from dam_jax.base import is_concrete
 
 

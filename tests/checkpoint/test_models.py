@@ -3,6 +3,8 @@
 from concurrent import futures
 import json
 import mmap
+import pathlib
+import re
 import struct
 import tracemalloc
 
@@ -75,6 +77,27 @@ def test_lone_file_is_read_without_a_copy(tmp_path):
   assert model.metadata == {'x': 'y'}
   assert is_mapped(model.read('a/w'))
   assert checkpoint.open_model(model) is model
+
+
+def test_reading_holds_about_one_tensor_in_memory(tmp_path):
+  def resident():
+    status = pathlib.Path('/proc/self/status').read_text()
+    return 1024 * int(re.search(r'RssFile:\s+(\d+)', status)[1])
+
+  if not pathlib.Path('/proc/self/status').exists():
+    pytest.skip('counts memory as Linux does')
+  size = 1 << 24
+  path = tmp_path / 'big.safetensors'
+  save_file({str(k): np.ones(size // 4, np.float32) for k in range(5)}, path)
+  model = checkpoint.open_model(path)
+  before, most = resident(), 0
+  for name in model.leaves:
+    first = model.read(name)
+    assert first.sum() == size // 4
+    most = max(most, resident() - before)
+  assert size * 0.9 < most < size * 1.5
+  # What was let go of is there when it is asked for again.
+  assert first.sum() == model.read('0').sum()
 
 
 def test_reading_takes_no_memory(tmp_path):
