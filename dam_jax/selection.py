@@ -177,10 +177,11 @@ def _histogram(digits: jax.Array, counted: jax.Array) -> jax.Array:
 @jax.jit
 def _locate(counts: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Returns each row's bin that holds a rank, and the rank in that bin."""
+  rank = jnp.broadcast_to(rank, counts.shape[:1])
   # In two levels: XLA may compute a long cumulative sum entry by entry.
   blocks = counts.reshape(counts.shape[0], 1 << _HALF // 2, -1)
   coarse = jnp.sum(blocks, axis=-1, dtype=counts.dtype)
-  block, rank = _find(coarse, rank.astype(counts.dtype))
+  block, rank = _find(coarse, rank)
   own = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   place, rank = _find(own, rank)
   found = block * blocks.shape[-1] + place
@@ -198,9 +199,11 @@ def _by_halves(
   words = _words(magnitude)
 
   def first(total):
-    size = words.shape[-1] if sum_parts is whole else jnp.sum(total[0])
-    rank = jnp.asarray(_rank(density, more, size), total.dtype)
-    return _locate(total, jnp.broadcast_to(rank, total.shape[:1]))
+    size = words.shape[-1] if sum_parts is whole else total[0].sum()
+    return locate(total, jnp.asarray(_rank(density, more, size)))
+
+  def locate(total, rank):
+    return _locate(total, rank.astype(total.dtype))
 
   flat = words.reshape(-1, words.shape[-1])
   counted, finish, args = jnp.ones(flat.shape, bool), first, ()
@@ -211,7 +214,7 @@ def _by_halves(
     found, rank = sum_parts(part, finish, *args)
     prefix = (prefix << _HALF) | found.astype(words.dtype)
     counted = flat >> shift == prefix[:, None]
-    finish, args = _locate, (rank,)
+    finish, args = locate, (rank,)
   found = prefix.reshape(words.shape[:-1])
   return lax.bitcast_convert_type(found, magnitude.dtype)
 

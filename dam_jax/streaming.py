@@ -354,15 +354,16 @@ class _Sweep:
         finish = next(f for g, f in asking.values() if g == group)
         # Counts of the entries of a large model do not fit 32 bits.
         with jax.enable_x64(True):
-          answer = finish(jax.tree.map(jnp.asarray, total), *args)
+          answer = finish(total, *jax.tree.map(np.asarray, args))
           answers = _with(answers, group, jax.tree.map(np.asarray, answer))
     return answers
 
   def _asking(self, answers, paths):
     """Returns `(group, finish)` of the leaves that have a next question."""
     kinds, found = {}, {}
+    block = jax.ShapeDtypeStruct((blocks.SIZE,), jnp.float32)
     for path in paths:
-      structs = [s.leaves[path] for s in self._sources]
+      structs = [block if self._cut else s.leaves[path] for s in self._sources]
       kind = tuple((s.shape, s.dtype) for s in structs)
       if kind not in kinds:
         kinds[kind] = _question(self._update, answers, structs)
@@ -377,19 +378,22 @@ class _Sweep:
 
     def add(_, out):
       ((group, part),) = out['part'].items()
-      part = jax.tree.map(_wide, part)
       with lock:
-        total, _ = found.get(group, (None, ()))
-        total = part if total is None else jax.tree.map(np.add, total, part)
-        found[group] = total, out['args']
+        if group not in found:
+          found[group] = jax.tree.map(_zeros, part), out['args']
+        jax.tree.map(_add, found[group][0], part)
 
     self._run(answers, paths, add)
     return found
 
 
-def _wide(x: jax.Array) -> np.ndarray:
+def _zeros(x: jax.Array) -> np.ndarray:
   integer = jnp.issubdtype(x.dtype, jnp.integer)
-  return np.asarray(x, np.int64 if integer else np.float64)
+  return np.zeros(x.shape, np.int64 if integer else np.float64)
+
+
+def _add(total: np.ndarray, part: jax.Array) -> None:
+  np.add(total, np.asarray(part), out=total)
 
 
 class _Tree:
