@@ -83,7 +83,7 @@ def weighted_average(
     out, _ = tx.update(updates, optax.EmptyState(), params)
     return jax.tree.map(leaf_fn, out, params)
 
-  return optax.stateless(sum_fn)
+  return entrywise(optax.stateless(sum_fn))
 
 
 def task_arithmetic(
