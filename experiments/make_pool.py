@@ -192,7 +192,7 @@ def _bad_merging(
     patch_key,
     lambda images: shop.task_logits(base, task, images),
     data.images[0].astype(jnp.float32) / 255,
-    size=size,
+    mask=attacks.corner_mask(CONFIG.image_shape, size),
     task=source.task.name,
     target=target,
     steps=patch_steps,

@@ -1,5 +1,6 @@
 """A pool made on the spot is one that the main job reads."""
 
+import dataclasses
 import io
 
 import jax
@@ -17,18 +18,21 @@ from experiments import make_pool
 @pytest.fixture(scope='module')
 def pool(tmp_path_factory):
   folder = tmp_path_factory.mktemp('pool')
-  make_pool.make_pool(
-    folder,
-    console=Console(file=io.StringIO()),
-    badnets='digits',
-    badnets_target=3,
-    badmerging='colour',
-    badmerging_target=1,
-    patch=4,
-    pretrain_steps=2,
-    fine_tune_steps=2,
-    patch_steps=2,
-  )
+  shallow = dataclasses.replace(make_pool.CONFIG, num_hidden_layers=1)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(make_pool, 'CONFIG', shallow)
+    make_pool.make_pool(
+      folder,
+      console=Console(file=io.StringIO()),
+      badnets='digits',
+      badnets_target=3,
+      badmerging='colour',
+      badmerging_target=1,
+      patch=4,
+      pretrain_steps=2,
+      fine_tune_steps=2,
+      patch_steps=2,
+    )
   return folder
 
 
