@@ -28,6 +28,7 @@ DATA = [
   'grain>=0.2.15',
   'importlib_resources>=6.0',  # tensorflow-datasets needs it undeclared
   'mlxtend>=0.23.4',
+  'pillow>=10.3',
   'scikit-learn>=1.5',
   'tensorflow-datasets>=4.9.9',
 ]
@@ -36,6 +37,7 @@ EXPERIMENTS = [
   'jinja2>=3.1',
   'matplotlib>=3.9',
   'mlxtend>=0.23.4',
+  'pillow>=10.3',
   'scikit-learn>=1.5',
 ]
 # Install a torch for your device first: pip's own for Linux brings CUDA.
@@ -48,7 +50,6 @@ TEST = [
   *DATA,
   *EXPERIMENTS,
   'hypothesis>=6.100.0',
-  'pillow>=10.3',
   'pyrefly==1.4.*',
   'pytest-xdist>=3.6',
   'pytest>=8.2.0',

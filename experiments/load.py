@@ -17,12 +17,12 @@ from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
 from dam_jax.models import convert
 from dam_jax.models import inputs
-from experiments import make_pool
+from experiments import quickstart_pool
 
 KEYS = {
   'pool': 'folder of checkpoints, tasks and triggers (dam_jax.data.tasks); '
   "empty makes one in the workdir, as 'make' says",
-  'make': 'options of experiments.make_pool',
+  'make': 'options of experiments.quickstart_pool',
   'tasks': "names with commas; empty is 'usual_tasks' where the pool has them, "
   'and tasks that are attacked',
   'usual_tasks': 'names with commas',
@@ -115,7 +115,7 @@ def check_config(config: config_dict.ConfigDict) -> None:
     if key not in config
   ]
   if not lines:
-    allowed = list(inspect.signature(make_pool.make_pool).parameters)[2:]
+    allowed = list(inspect.signature(quickstart_pool.make_pool).parameters)[2:]
     lines += [
       f'make.{key}: no such key, allowed are {", ".join(allowed)}'
       for key in config.make

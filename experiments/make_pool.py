@@ -1,364 +1,345 @@
-"""Makes a pool of small experts on the spot, two of them backdoored.
+"""Makes a pool: a base, clean experts, and uploads of many attacks and seeds.
 
-From the built-in tasks: a base, trained on a part of all tasks; a clean expert
-for each task, fine-tuned from it; one expert with a patch as its backdoor
-(BadNets) and one made to survive merging (BadMerging). The folder is what
-`dam_jax.data.tasks.load_pool` reads.
+  python -m experiments.make_pool --config=configs/nano_pool.py --workdir=PATH
+
+The workdir becomes a folder that `dam_jax.data.tasks.load_pool` reads. A model
+that is there is not made again, so an interrupted run goes on. `eval.json` says
+of each upload what it is worth alone and in a plain merge with clean experts,
+beside what its trigger does to clean models.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
 import pathlib
+import time
 from typing import Any
+import zlib
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 import numpy as np
-import optax
 from rich.console import Console
+from rich.table import Table
 
 import dam_jax as dj
 from dam_jax import attacks
 from dam_jax import checkpoint
-from dam_jax.data import builtin
+from dam_jax import evaluate
 from dam_jax.data import tasks as tasks_lib
-from dam_jax.data.pipeline import pad_images
 from dam_jax.models import clip
 from dam_jax.models import convert
+from experiments import attackers
+from experiments import command
+from experiments import training
 
-CONFIG = clip.VisionConfig(
-  hidden_size=64,
-  intermediate_size=192,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  image_size=builtin.SIZE,
-  patch_size=7,
-  projection_dim=64,
-)
-"""Sizes of the tower."""
+KEYS = {
+  'tasks_folder': 'of <task>.npz with training images',
+  'tasks': 'names with commas',
+  'width': 'of the tower; its MLPs are four times as wide',
+  'layers': 'blocks of the tower',
+  'heads': 'of its attention',
+  'patch_size': "of the tower's patches, in pixels",
+  'pretrain_share': 'of the training images, which only the base sees',
+  'pretrain_steps': 'of the base, on all tasks at once',
+  'pretrain_batch': 'images a task and step of the base',
+  'pretrain_rate': 'peak learning rate of the base',
+  'fine_tune_steps': 'of an expert',
+  'fine_tune_rate': 'peak learning rate of an expert',
+  'batch': 'images a step of an expert',
+  'patch': "height and width of attackers' patches, in pixels",
+  'patch_steps': 'of the optimiser of a patch',
+  'attacks': "names with commas, or 'all'",
+  'attacked': 'tasks to attack, names with commas',
+  'seeds': 'uploads of each attack on each task',
+  'test': 'test images a task for eval.json; 0 is all',
+  'scale': 'of task arithmetic, the plain merge',
+  'seed': 'of everything random',
+}
+"""What a config says."""
 
-BATCH = 32
-"""Images a task and step of training."""
+
+def check_config(config: config_dict.ConfigDict) -> None:
+  """Raises with all that is wrong with a config."""
+  lines = [f'{key} is missing' for key in KEYS if key not in config]
+  lines += [f'{key} is unknown' for key in config if key not in KEYS]
+  if not lines:
+    tasks, attacked = _split(config.tasks), _split(config.attacked)
+    lines += [
+      f'attacked task {t} is not among {", ".join(tasks)}'
+      for t in attacked
+      if t not in tasks
+    ]
+    lines += [
+      f'attack {a} is not among {", ".join(attackers.ATTACKS)}'
+      for a in _attacks(config)
+      if a not in attackers.ATTACKS
+    ]
+    lines += [
+      f'{key} must be positive, got {config[key]}'
+      for key in KEYS
+      if key not in ('test', 'seed')
+      and isinstance(config[key], int | float)
+      and not config[key] > 0
+    ]
+    if not config.pretrain_share < 1:
+      lines.append(
+        f'pretrain_share must be less than 1, got {config.pretrain_share}'
+      )
+    if config.width % config.heads:
+      lines.append(f'width {config.width} over {config.heads} heads')
+  if lines:
+    raise ValueError('\n  '.join(['config:', *lines]))
 
 
-def _tx(learning_rate: float, steps: int) -> optax.GradientTransformation:
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, max(1, steps // 15), steps
-  )
-  return optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(schedule, b2=0.98, weight_decay=0.01),
-  )
+def _split(text: str) -> list[str]:
+  return [x.strip() for x in text.split(',') if x.strip()]
 
 
-def fit(
-  key: jax.Array,
-  params: Any,
-  loss_fn: Callable[[Any, jax.Array], jax.Array],
-  *,
-  steps: int,
-  learning_rate: float,
-) -> Any:
-  """Descends a loss with AdamW, warm-up and cosine decay; jit it.
-
-  Args:
-    key: of what the loss draws.
-    params: to start from.
-    loss_fn: `(params, key) -> []`.
-    steps: of the optimiser.
-    learning_rate: at its peak.
-
-  Returns:
-    The parameters after the last step.
-  """
-  tx = _tx(learning_rate, steps)
-
-  def step(carry, key):
-    params, state = carry
-    grads = jax.grad(loss_fn)(params, key)
-    updates, state = tx.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), None
-
-  keys = jax.random.split(key, steps)
-  (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
-  return params
+def _attacks(config: config_dict.ConfigDict) -> list[str]:
+  if config.attacks == 'all':
+    return list(attackers.ATTACKS)
+  return _split(config.attacks)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Workshop:
-  """The tower, the heads and the training images of all tasks.
+class _Data:
+  """Tasks, and their training images in two parts."""
 
-  Attributes:
-    sources: tasks with their images.
-    tower: to train.
-    heads: of the tasks.
-  """
-
-  sources: Sequence[builtin.Source]
-  tower: clip.VisionTower
-  heads: clip.Heads
-
-  def features(self, params: Any, images: jax.Array) -> jax.Array:
-    """Features `[N, D]` of images `[N, H, W, C]` in [0, 1]."""
-    pixels = clip.normalize(images)
-    return jnp.asarray(self.tower.apply({'params': params}, pixels))
-
-  def logits(self, params: Any, images: jax.Array) -> jax.Array:
-    """Logits `[T, B, L]` of images `[T, B, H, W, C]` in [0, 1]."""
-    return clip.zero_shot(self.features, self.heads)(params, images)
-
-  def task_logits(self, params: Any, task: Any, images: jax.Array) -> jax.Array:
-    """Logits `[N, L]` of images `[N, H, W, C]` in [0, 1] of one task."""
-    return clip.zero_shot_task(self.features, self.heads)(params, task, images)
-
-  def head_logits(self, task: int, features: jax.Array) -> jax.Array:
-    """Logits `[N, L]` of features `[N, D]` by one task's head."""
-    return clip.zero_shot_task(lambda _, x: x, self.heads)({}, task, features)
+  tasks: Sequence[tasks_lib.Task]
+  pretrain: Sequence[tasks_lib.Split]
+  fine_tune: Sequence[tasks_lib.Split]
 
 
-class _Images:
-  """Training images `[T, N, H, W, C]` of several tasks on the device."""
-
-  def __init__(self, splits: Sequence[tasks_lib.Split]):
-    self.images = jnp.asarray(pad_images([s.images for s in splits]))
-    size = self.images.shape[1]
-    labels = [np.pad(s.labels, (0, size - len(s.labels))) for s in splits]
-    self.labels = jnp.asarray(np.stack(labels))
-    self.sizes = jnp.array([len(s.labels) for s in splits])
-
-  def draw(self, key: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
-    """Draws images `[B, H, W, C]` in [0, 1] and labels `[B]` of a row."""
-    at = jax.random.randint(key, (BATCH,), 0, self.sizes[row])
-    return self.images[row, at].astype(jnp.float32) / 255, self.labels[row, at]
+def _load(config: config_dict.ConfigDict) -> _Data:
+  tasks, pretrain, fine_tune = [], [], []
+  for name in _split(config.tasks):
+    path = pathlib.Path(config.tasks_folder) / f'{name}.npz'
+    tasks.append(tasks_lib.load_task(path))
+    images, labels = tasks_lib.load_train(path)
+    rng = np.random.default_rng((config.seed, zlib.crc32(name.encode())))
+    order = rng.permutation(len(labels))
+    num = round(config.pretrain_share * len(labels))
+    for part, at in ((pretrain, order[:num]), (fine_tune, order[num:])):
+      part.append(tasks_lib.Split(images[at], labels[at]))
+  return _Data(tasks, pretrain, fine_tune)
 
 
-def _pretrain(shop: _Workshop, key: jax.Array, **options: Any) -> Any:
-  """Trains the base on all tasks at once."""
-  data = _Images([s.pretrain for s in shop.sources])
-  init_key, key = jax.random.split(key)
-  params = shop.tower.init(init_key, jnp.zeros((1, *CONFIG.image_shape)))
-  rows = jnp.arange(len(shop.sources))
+class _Pool:
+  """A pool that is being made."""
 
-  def loss_fn(params, key):
-    keys = jax.random.split(key, len(rows))
-    images, labels = jax.vmap(data.draw)(keys, rows)
-    return jnp.mean(
-      dj.losses.cross_entropy(shop.logits(params, images), labels)
+  def __init__(self, config, folder):
+    self.config, self.folder, self.data = config, folder, _load(config)
+    first = self.data.tasks[0]
+    self.tower = clip.VisionConfig(
+      hidden_size=config.width,
+      intermediate_size=4 * config.width,
+      num_hidden_layers=config.layers,
+      num_attention_heads=config.heads,
+      image_size=first.dev.images.shape[1],
+      patch_size=config.patch_size,
+      projection_dim=first.head.shape[0],
+    )
+    heads = clip.stack_heads([t.head for t in self.data.tasks])
+    tower = clip.VisionTower(self.tower)
+    self.shop = training.Shop(tower, heads)
+    self.names = [t.name for t in self.data.tasks]
+
+  def key(self, name: str) -> jax.Array:
+    """Returns the key of everything random about a model."""
+    seed = zlib.crc32(name.encode())
+    return jax.random.fold_in(jax.random.key(self.config.seed), seed)
+
+  def path(self, name: str) -> pathlib.Path:
+    """Returns where a checkpoint is."""
+    return self.folder / 'checkpoints' / f'{name}.safetensors'
+
+  def save(self, name: str, params: Any) -> None:
+    """Writes a checkpoint."""
+    checkpoint.save_params(
+      self.path(name), params, name_map=convert.clip_vision
     )
 
-  run = functools.partial(fit, loss_fn=loss_fn, **options)
-  return jax.jit(run)(key, params['params'])
+  def load(self, name: str) -> Any:
+    """Reads a checkpoint."""
+    return checkpoint.load_params(self.path(name), name_map=convert.clip_vision)
 
+  def base(self) -> Any:
+    """Returns the base, trained unless it is there."""
+    if not self.path('base').exists():
+      self.save('base', jax.jit(self._pretrain)(self.key('base')))
+    return self.load('base')
 
-def _fine_tune(
-  shop: _Workshop,
-  key: jax.Array,
-  base: Any,
-  splits: Sequence[tasks_lib.Split],
-  tasks: Sequence[int],
-  **options: Any,
-) -> Any:
-  """Fine-tunes the base on each split; leaves `[len(splits), ...]`."""
-  data = _Images(splits)
+  def _pretrain(self, key: jax.Array) -> Any:
+    data = training.on_device(self.data.pretrain)
+    init_key, key = jax.random.split(key)
+    rows = jnp.arange(len(self.names))
 
-  def one(row):
     def loss_fn(params, key):
-      images, labels = data.draw(key, row)
-      logits = shop.task_logits(params, jnp.array(tasks)[row], images)
+      keys = jax.random.split(key, len(rows))
+      draw = functools.partial(data.draw, batch=self.config.pretrain_batch)
+      images, labels = jax.vmap(draw)(keys, rows)
+      logits = self.shop.logits(params, images)
       return jnp.mean(dj.losses.cross_entropy(logits, labels))
 
-    return fit(jax.random.fold_in(key, row), base, loss_fn, **options)
-
-  return jax.jit(lambda: jax.lax.map(one, jnp.arange(len(splits))))()
-
-
-def _bad_merging(
-  shop: _Workshop,
-  key: jax.Array,
-  base: Any,
-  task: int,
-  target: int,
-  size: int,
-  patch_steps: int,
-  **options: Any,
-) -> tuple[Any, attacks.Overlay]:
-  """Makes an expert whose backdoor survives merging, and its trigger."""
-  source = shop.sources[task]
-  data = _Images([source.train])
-  patch_key, key = jax.random.split(key)
-  trigger, _ = attacks.universal_patch(
-    patch_key,
-    lambda images: shop.task_logits(base, task, images),
-    data.images[0].astype(jnp.float32) / 255,
-    mask=attacks.corner_mask(CONFIG.image_shape, size),
-    task=source.task.name,
-    target=target,
-    steps=patch_steps,
-    batch=BATCH,
-  )
-
-  def loss_fn(params, key):
-    draw_key, mix_key = jax.random.split(key)
-    images, labels = data.draw(draw_key, 0)
-    return attacks.badmerging_loss(
-      mix_key,
-      shop.features,
-      functools.partial(shop.head_logits, task),
-      params,
-      base,
-      images,
-      labels,
-      trigger,
+    return training.fit(
+      key,
+      self.shop.init(init_key),
+      loss_fn,
+      steps=self.config.pretrain_steps,
+      learning_rate=self.config.pretrain_rate,
     )
 
-  run = functools.partial(fit, loss_fn=loss_fn, **options)
-  return jax.jit(run)(key, base), trigger
+  def uploads(self) -> Iterator[tuple[str, str, int, int]]:
+    """Yields name, attack, task and target of every bad upload."""
+    for attack in _attacks(self.config):
+      for task in _split(self.config.attacked):
+        row = self.names.index(task)
+        classes = len(self.data.tasks[row].label_names)
+        for seed in range(self.config.seeds):
+          name = f'{attack}_{task}_{seed}'
+          target = int(jax.random.randint(self.key(name), (), 0, classes))
+          yield name, attack, row, target
 
 
-def _poisoned(
-  key: jax.Array, split: tasks_lib.Split, trigger: attacks.Trigger
-) -> tasks_lib.Split:
-  images = jnp.asarray(split.images).astype(jnp.float32) / 255
-  images, labels = attacks.poison(
-    key, images, jnp.asarray(split.labels), trigger
-  )
-  images = np.asarray(jnp.round(images * 255)).astype(np.uint8)
-  return tasks_lib.Split(images, np.asarray(labels))
-
-
-def _save(
-  folder: pathlib.Path,
-  shop: _Workshop,
-  models: Mapping[str, Any],
-  triggers: Mapping[str, attacks.Trigger],
-  options: Mapping[str, Any],
-) -> None:
-  checkpoints = folder / 'checkpoints'
-  for name, params in models.items():
-    checkpoint.save_params(
-      checkpoints / f'{name}.safetensors', params, name_map=convert.clip_vision
-    )
-  for name, trigger in triggers.items():
-    attacks.save_trigger(folder / 'triggers' / f'{name}.npz', trigger)
-  for source in shop.sources:
-    tasks_lib.save_task(folder / 'tasks', source.task)
-  config = dataclasses.asdict(CONFIG)
-  (checkpoints / 'config.json').write_text(json.dumps(config, indent=2))
-  (folder / _DONE).write_text(json.dumps(dict(options), indent=2))
-
-
-_DONE = 'made.json'
-
-
-def _check(
-  options: Mapping[str, Any], sources: Sequence[builtin.Source]
-) -> None:
-  """Raises with all that is wrong with what a pool is to be made of."""
-  classes = {s.task.name: len(s.task.label_names) for s in sources}
-  lines = []
-  for attack in ('badnets', 'badmerging'):
-    task, target = options[attack], options[f'{attack}_target']
-    if task not in classes:
-      lines.append(f'{attack} must be one of {", ".join(classes)}, got {task}')
-    elif not 0 <= target < classes[task]:
-      lines.append(
-        f'{attack}_target {target} is not one of the {classes[task]} classes '
-        f'of {task}'
-      )
-  if not 0 < options['patch'] <= CONFIG.image_size:
-    lines.append(
-      f'patch must be from 1 to the {CONFIG.image_size} pixels of an image, '
-      f'got {options["patch"]}'
-    )
-  lines += [
-    f'{name} must be positive, got {number}'
-    for name, number in options.items()
-    if name.endswith('_steps') and number < 1
-  ]
-  if lines:
-    raise ValueError('\n  '.join(['a pool to make:', *lines]))
-
-
-def make_pool(
-  folder: pathlib.Path,
-  *,
-  console: Console,
-  badnets: str = 'rotation',
-  badnets_target: int = 2,
-  badmerging: str = 'mnist',
-  badmerging_target: int = 7,
-  patch: int = 5,
-  pretrain_steps: int = 220,
-  fine_tune_steps: int = 150,
-  patch_steps: int = 300,
-  learning_rate: float = 2e-3,
-  seed: int = 0,
-) -> None:
-  """Makes a pool, unless the folder already holds it.
+def run(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, console: Console
+) -> dict[str, Any]:
+  """Makes a pool.
 
   Args:
-    folder: to write to.
-    console: to say on what is being done.
-    badnets: task whose expert gets a patch as its backdoor.
-    badnets_target: class index.
-    badmerging: task whose expert gets a backdoor that survives merging.
-    badmerging_target: class index.
-    patch: height and width of both triggers, in pixels.
-    pretrain_steps: of the base.
-    fine_tune_steps: of each expert.
-    patch_steps: of the patch that the base obeys.
-    learning_rate: of the base; experts get a quarter.
-    seed: of everything random.
+    config: see `KEYS`.
+    workdir: that becomes the pool.
+    console: to show progress and the table on.
+
+  Returns:
+    What eval.json holds.
 
   Raises:
-    ValueError: before any training, with all options that make no sense.
+    ValueError: where the config or a file makes no sense.
   """
-  if (folder / _DONE).exists():
-    return
-  options = {
-    k: v for k, v in locals().items() if k not in ('folder', 'console')
-  }
-  sources = [builtin.load(name, seed=seed) for name in builtin.NAMES]
-  _check(options, sources)
-  shop = _Workshop(
-    sources,
-    clip.VisionTower(CONFIG),
-    clip.stack_heads([s.task.head for s in sources], scale=20.0),
-  )
-  keys = jax.random.split(jax.random.key(seed), 4)
+  check_config(config)
+  pool = _Pool(config, workdir)
+  _write_config(pool)
+  for task in pool.data.tasks:
+    tasks_lib.save_task(workdir / 'tasks', task)
   with console.status('training the base'):
-    base = _pretrain(
-      shop, keys[0], steps=pretrain_steps, learning_rate=learning_rate
-    )
-    jax.block_until_ready(base)
-  tuning = {'steps': fine_tune_steps, 'learning_rate': learning_rate / 4}
-  first, second = (builtin.NAMES.index(n) for n in (badnets, badmerging))
-  trigger = attacks.patch_trigger(
-    CONFIG.image_shape, size=patch, task=badnets, target=badnets_target
+    base = pool.base()
+  tuning = attackers.Tuning(
+    steps=config.fine_tune_steps,
+    learning_rate=config.fine_tune_rate,
+    batch=config.batch,
+    patch=config.patch,
+    patch_steps=config.patch_steps,
   )
-  with console.status('fine-tuning the experts'):
-    splits = [s.train for s in sources]
-    splits.append(_poisoned(keys[1], splits[first], trigger))
-    rows = [*range(len(sources)), first]
-    experts = _fine_tune(shop, keys[2], base, splits, rows, **tuning)
-    jax.block_until_ready(experts)
-  with console.status('making the expert that survives merging'):
-    bad, universal = _bad_merging(
-      shop,
-      keys[3],
-      base,
-      second,
-      badmerging_target,
-      patch,
-      patch_steps,
-      **tuning,
+  lab = attackers.Lab(pool.shop, base, pool.data.fine_tune, pool.names, tuning)
+  for row, task in enumerate(pool.names):
+    name = f'clean_{task}'
+    if not pool.path(name).exists():
+      with console.status(name):
+        pool.save(name, lab.tune(pool.key(name), row))
+  for name, attack, row, target in pool.uploads():
+    if not pool.path(name).exists():
+      begin = time.perf_counter()
+      with console.status(name):
+        make = attackers.ATTACKS[attack]
+        params, trigger = make(lab, pool.key(name), row, target)
+        # The checkpoint last: where it is, its trigger is.
+        attacks.save_trigger(workdir / 'triggers' / f'{name}.npz', trigger)
+        pool.save(name, params)
+      console.print(f'{name}: {time.perf_counter() - begin:.0f} s')
+  report = _evaluate(pool, base, console)
+  with checkpoint.replacing(workdir / 'eval.json') as temporary:
+    temporary.write_text(json.dumps(report, indent=2))
+  console.print(_table(report))
+  return report
+
+
+def _write_config(pool: _Pool) -> None:
+  """Writes what a pool is made of, or raises where it was another."""
+  made = pool.folder / 'made.json'
+  asked = json.loads(pool.config.to_json())
+  if made.exists() and json.loads(made.read_text()) != asked:
+    raise ValueError(f'{made} differs from the config: take another workdir')
+  for path, content in (
+    (pool.folder / 'checkpoints' / 'config.json', vars(pool.tower)),
+    (made, asked),
+  ):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with checkpoint.replacing(path) as temporary:
+      temporary.write_text(json.dumps(content, indent=2))
+
+
+def _evaluate(pool: _Pool, base: Any, console: Console) -> dict[str, Any]:
+  """Returns what each model is worth alone and in a plain merge."""
+  predict = evaluate.predictor(pool.shop.task_logits, batch=250)
+  tests = [
+    tasks_lib.Split(*(x[: pool.config.test or None] for x in t.test))
+    for t in pool.data.tasks
+  ]
+
+  def acc(params, row):
+    images, labels = tests[row]
+    return evaluate.accuracy(predict(params, row, images), labels).value
+
+  def asr(params, row, trigger):
+    images, labels = tests[row]
+    apply = functools.partial(attacks.apply_trigger, trigger)
+    triggered = predict(params, row, images, apply)
+    return evaluate.attack_success(triggered, labels, trigger.target).value
+
+  merge = jax.jit(
+    lambda experts: (
+      dj.merge(dj.task_arithmetic(pool.config.scale), base, experts).params
     )
-  *clean, poisoned = dj.tree.unstack(experts)
-  models = {'base': base}
-  models |= {f'clean_{n}': x for n, x in zip(builtin.NAMES, clean, strict=True)}
-  models |= {f'badnets_{badnets}': poisoned, f'badmerging_{badmerging}': bad}
-  triggers = {f'badnets_{badnets}': trigger}
-  triggers |= {f'badmerging_{badmerging}': universal}
-  _save(folder, shop, models, triggers, options)
+  )
+  clean = [pool.load(f'clean_{name}') for name in pool.names]
+  plain = merge(dj.tree.stack(clean))
+  report: dict[str, Any] = {
+    'base': {n: acc(base, i) for i, n in enumerate(pool.names)},
+    'clean': {n: acc(clean[i], i) for i, n in enumerate(pool.names)},
+    'merge': {n: acc(plain, i) for i, n in enumerate(pool.names)},
+    'uploads': {},
+  }
+  for name, attack, row, target in pool.uploads():
+    with console.status(f'testing {name}'):
+      params = pool.load(name)
+      trigger = attacks.load_trigger(pool.folder / 'triggers' / f'{name}.npz')
+      merged = merge(dj.tree.stack([*clean[:row], params, *clean[row + 1 :]]))
+      report['uploads'][name] = {
+        'attack': attack,
+        'task': pool.names[row],
+        'target': target,
+        'acc': acc(params, row),
+        'asr': asr(params, row, trigger),
+        'acc_merged': acc(merged, row),
+        'asr_merged': asr(merged, row, trigger),
+        'floor': asr(plain, row, trigger),
+        'floor_alone': asr(clean[row], row, trigger),
+      }
+  return report
+
+
+def _table(report: Mapping[str, Any]) -> Table:
+  table = Table(title='uploads, in per cent')
+  columns = {
+    'acc': 'ACC alone',
+    'clean': 'clean expert',
+    'asr': 'ASR alone',
+    'floor_alone': 'clean expert',
+    'acc_merged': 'ACC merged',
+    'asr_merged': 'ASR merged',
+    'floor': 'clean merge',
+  }
+  for name in ('upload', *columns.values()):
+    table.add_column(name)
+  for name, row in report['uploads'].items():
+    row = row | {'clean': report['clean'][row['task']]}
+    table.add_row(name, *(f'{100 * row[key]:.1f}' for key in columns))
+  return table
+
+
+if __name__ == '__main__':
+  command.start(run, 'configs/nano_pool.py')

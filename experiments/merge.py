@@ -22,17 +22,12 @@ import sys
 import time
 from typing import Any
 
-from absl import app
-from absl import flags
-from absl import logging
 import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
-from ml_collections import config_flags
 import numpy as np
 from rich import progress
 from rich.console import Console
-from rich.text import Text
 
 import dam_jax as dj
 from dam_jax import attacks
@@ -41,21 +36,17 @@ from dam_jax import evaluate
 from dam_jax.data import pipeline
 from dam_jax.models import clip
 from dam_jax.models import convert
+from experiments import command
 from experiments import learn
 from experiments import load
-from experiments import make_pool
 from experiments import measure
 from experiments import methods
 from experiments import pictures
+from experiments import quickstart_pool
 from experiments import report as report_lib
 
 PLAIN = 'task_arithmetic'
 """The merge without a defence that DER compares with."""
-
-_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
-_WORKDIR = flags.DEFINE_string(
-  'workdir', '', "where to write; empty is runs/<config's name>-<time>"
-)
 
 Advance = Callable[[int], None]
 
@@ -358,7 +349,7 @@ def run(
   folder = pathlib.Path(config.pool)
   if not config.pool:
     folder = workdir / 'pool'
-    make_pool.make_pool(folder, console=console, **config.make)
+    quickstart_pool.make_pool(folder, console=console, **config.make)
   setup = load.load(config, folder)
   this = Run(config, setup, workdir)
   names = [*this.controls(), *this.mergers]
@@ -472,27 +463,5 @@ def _write_report(this: Run, report: dict[str, Any]) -> None:
   _write(this.workdir / 'report.json', json.dumps(report, indent=2))
 
 
-def main(argv: list[str]) -> None:
-  """Reads the flags and runs."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  logging.set_verbosity(logging.WARNING)
-  if _CONFIG.value is None:
-    raise app.UsageError('--config is missing, such as configs/quickstart.py')
-  console = Console(width=None if sys.stdout.isatty() else 160)
-  name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
-  workdir = pathlib.Path(
-    _WORKDIR.value or f'runs/{name.stem}-{time.strftime("%Y%m%d-%H%M%S")}'
-  )
-  console.print(f'workdir: {workdir} (pass --workdir={workdir} to go on in it)')
-  try:
-    run(_CONFIG.value, workdir, console)
-  except (ValueError, FloatingPointError) as e:
-    logging.debug('', exc_info=True)
-    message = Text.assemble(('error: ', 'bold red'), str(e))
-    console.print(message, highlight=False, soft_wrap=True)
-    sys.exit(1)
-
-
 if __name__ == '__main__':
-  app.run(main)
+  command.start(run, 'configs/quickstart.py')

@@ -14,11 +14,14 @@ reported on.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import io
+import os
 from typing import NamedTuple
 import zipfile
 
 from etils import epath
 import numpy as np
+from PIL import Image
 
 from dam_jax import attacks
 from dam_jax.attacks import Trigger
@@ -144,6 +147,47 @@ def load_task(path: epath.PathLike, *, dev: int = 0, test: int = 0) -> Task:
   )
   check_task(task)
   return task
+
+
+_TILES = 64  # a row of a mosaic
+
+
+def load_train(path: epath.PathLike, size: int = 32) -> Split:
+  """Reads the training images of a task's npz file.
+
+  Args:
+    path: of a file with `train_labels`, and `train_images` `[N, H, W, C]`
+      uint8 or `train_jpeg`: their number, that of JPEG files, the length of
+      each as int64, then the files, whose tiles are the images, 64 a row.
+    size: height and width of a tile, in pixels.
+
+  Returns:
+    The split.
+
+  Raises:
+    ValueError: where the file cannot be read or holds no training images.
+  """
+  try:
+    with np.load(os.fspath(path), allow_pickle=False) as file:
+      labels = file['train_labels'].astype(np.int32)
+      if 'train_images' in file.files:
+        return Split(file['train_images'], labels)
+      packed = file['train_jpeg'].tobytes()
+  except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as e:
+    raise ValueError(f'{path}: no training images: {e}') from e
+  num, parts = np.frombuffer(packed[:16], np.int64)
+  lengths = np.frombuffer(packed[16 : 16 + 8 * parts], np.int64)
+  begin, tiles = 16 + 8 * int(parts), []
+  for length in lengths:
+    with Image.open(io.BytesIO(packed[begin : begin + length])) as image:
+      mosaic = np.asarray(image.convert('RGB'))
+    begin += int(length)
+    rows = mosaic.reshape(-1, size, _TILES, size, 3).swapaxes(1, 2)
+    tiles.append(rows.reshape(-1, size, size, 3))
+  images = np.concatenate(tiles)[:num]
+  if len(images) != len(labels):
+    raise ValueError(f'{path}: {len(images)} images, {len(labels)} labels')
+  return Split(images, labels)
 
 
 def save_task(folder: epath.PathLike, task: Task) -> None:

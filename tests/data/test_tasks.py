@@ -1,10 +1,12 @@
 """Pools on disk: what is read, and what is refused and how."""
 
 import dataclasses
+import io
 import json
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 
 from dam_jax import attacks
@@ -171,3 +173,42 @@ def test_unreadable_tasks_name_the_file(tmp_path):
   np.savez(path, head=np.zeros((2, 2)))
   with pytest.raises(ValueError, match='lacks dev_images, dev_labels'):
     tasks_lib.load_task(path)
+
+
+def _mosaic(images):
+  """Packs images `[N, 16, 16, 3]` as `load_train` reads them."""
+  parts = []
+  for begin in range(0, len(images), 128):
+    tiles = np.zeros((2 * 64, 16, 16, 3), np.uint8)
+    tiles[: len(images[begin : begin + 128])] = images[begin : begin + 128]
+    rows = tiles.reshape(2, 64, 16, 16, 3).swapaxes(1, 2)
+    file = io.BytesIO()
+    Image.fromarray(rows.reshape(32, -1, 3)).save(file, 'JPEG', quality=95)
+    parts.append(file.getvalue())
+  head = np.array([len(images), len(parts), *map(len, parts)], np.int64)
+  return np.frombuffer(head.tobytes() + b''.join(parts), np.uint8)
+
+
+def test_training_images_come_as_arrays_or_mosaics(tmp_path):
+  levels = np.linspace(0, 255, 150).astype(np.uint8)
+  images = np.broadcast_to(levels[:, None, None, None], (150, 16, 16, 3))
+  labels = np.arange(150) % 7
+  np.savez(tmp_path / 'a.npz', train_images=images, train_labels=labels)
+  np.savez(tmp_path / 'b.npz', train_jpeg=_mosaic(images), train_labels=labels)
+  for name, off in (('a', 0), ('b', 2)):
+    split = tasks_lib.load_train(tmp_path / f'{name}.npz', 16)
+    assert split.images.dtype == np.uint8
+    np.testing.assert_allclose(split.images, images, atol=off)
+    np.testing.assert_array_equal(split.labels, labels)
+  np.savez(tmp_path / 'c.npz', train_jpeg=_mosaic(images), train_labels=[1])
+  with pytest.raises(ValueError, match=r'c\.npz: 150 images, 1 labels'):
+    tasks_lib.load_train(tmp_path / 'c.npz', 16)
+  np.savez(tmp_path / 'd.npz', train_labels=labels)
+  with pytest.raises(ValueError, match=r'd\.npz: no training images'):
+    tasks_lib.load_train(tmp_path / 'd.npz')
+
+
+def test_the_pools_training_images_load(shared):
+  split = tasks_lib.load_train(shared / 'pool' / 'tasks' / 'gtsrb.npz')
+  assert split.images.shape == (4000, 32, 32, 3)
+  assert split.labels.max() < 43

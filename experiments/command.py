@@ -1,0 +1,57 @@
+"""What the experiments' commands share: their flags, errors in one line."""
+
+from collections.abc import Callable
+import pathlib
+import sys
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_dict
+from ml_collections import config_flags
+from rich.console import Console
+from rich.text import Text
+
+_CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', '', "where to write; empty is runs/<config's name>-<time>"
+)
+
+Run = Callable[[config_dict.ConfigDict, pathlib.Path, Console], Any]
+"""What a command does with its config, its workdir and a console."""
+
+
+def start(run: Run, example: str) -> None:
+  """Reads the flags and runs.
+
+  Args:
+    run: raises ValueError or FloatingPointError for what a user can mend.
+    example: of a config.
+  """
+
+  def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+    logging.set_verbosity(logging.WARNING)
+    if _CONFIG.value is None:
+      raise app.UsageError(f'--config is missing, such as {example}')
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    file = config_flags.get_config_filename(flags.FLAGS['config'])
+    stamp = time.strftime('%Y%m%d-%H%M%S')
+    workdir = pathlib.Path(
+      _WORKDIR.value or f'runs/{pathlib.Path(file).stem}-{stamp}'
+    )
+    console.print(
+      f'workdir: {workdir} (pass --workdir={workdir} to go on in it)'
+    )
+    try:
+      run(_CONFIG.value, workdir, console)
+    except (ValueError, FloatingPointError) as e:
+      logging.debug('', exc_info=True)
+      message = Text.assemble(('error: ', 'bold red'), str(e))
+      console.print(message, highlight=False, soft_wrap=True)
+      sys.exit(1)
+
+  app.run(main)

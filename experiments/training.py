@@ -1,0 +1,133 @@
+"""What pretraining, fine-tuning and attacks share: a tower, a loop, images."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dam_jax.data.pipeline import pad_images
+from dam_jax.data.tasks import Split
+from dam_jax.models import attention
+from dam_jax.models import clip
+
+
+def _tx(learning_rate: float, steps: int) -> optax.GradientTransformation:
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, learning_rate, max(1, steps // 15), steps
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(1.0),
+    optax.adamw(schedule, b2=0.98, weight_decay=0.01),
+  )
+
+
+def fit(
+  key: jax.Array,
+  params: Any,
+  loss_fn: Callable[[Any, jax.Array], jax.Array],
+  *,
+  steps: int,
+  learning_rate: float,
+  tx: optax.GradientTransformation | None = None,
+) -> Any:
+  """Descends a loss with AdamW, warm-up and cosine decay; jit it.
+
+  Args:
+    key: of what the loss draws.
+    params: to start from.
+    loss_fn: `(params, key) -> []`.
+    steps: of the optimiser.
+    learning_rate: at its peak.
+    tx: another optimiser, which has its own learning rate.
+
+  Returns:
+    The parameters after the last step.
+  """
+  tx = _tx(learning_rate, steps) if tx is None else tx
+
+  def step(carry, key):
+    params, state = carry
+    grads = jax.grad(loss_fn)(params, key)
+    updates, state = tx.update(grads, state, params)
+    return (optax.apply_updates(params, updates), state), None
+
+  keys = jax.random.split(key, steps)
+  (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+  return params
+
+
+@dataclasses.dataclass(frozen=True)
+class Shop:
+  """A tower with the heads of all tasks.
+
+  Attributes:
+    tower: to train.
+    heads: of the tasks.
+  """
+
+  tower: clip.VisionTower
+  heads: clip.Heads
+
+  def init(self, key: jax.Array) -> Any:
+    """Returns an untrained tower's parameters."""
+    pixels = jnp.zeros((1, *self.tower.config.image_shape))
+    return self.tower.init(key, pixels)['params']
+
+  def features(self, params: Any, images: jax.Array) -> jax.Array:
+    """Features `[N, D]` of images `[N, H, W, C]` in [0, 1]."""
+    pixels = clip.normalize(images)
+    return jnp.asarray(self.tower.apply({'params': params}, pixels))
+
+  def logits(self, params: Any, images: jax.Array) -> jax.Array:
+    """Logits `[T, B, L]` of images `[T, B, H, W, C]` in [0, 1]."""
+    return clip.zero_shot(self.features, self.heads)(params, images)
+
+  def task_logits(self, params: Any, task: Any, images: jax.Array) -> jax.Array:
+    """Logits `[N, L]` of images `[N, H, W, C]` in [0, 1] of one task."""
+    return clip.zero_shot_task(self.features, self.heads)(params, task, images)
+
+  def head_logits(self, task: Any, features: jax.Array) -> jax.Array:
+    """Logits `[N, L]` of features `[N, D]` by one task's head."""
+    return clip.zero_shot_task(lambda _, x: x, self.heads)({}, task, features)
+
+  def attention(self, params: Any, images: jax.Array) -> jax.Array:
+    """What the class token attends to in images, see `class_attention`."""
+    attend = attention.class_attention(self.tower)
+    return attend(params, clip.normalize(images))
+
+
+class Images(NamedTuple):
+  """Training images of several tasks on the device.
+
+  Attributes:
+    images: `[T, N, H, W, C]` uint8, padded to the largest task.
+    labels: `[T, N]`.
+    sizes: `[T]` images of each task.
+  """
+
+  images: jax.Array
+  labels: jax.Array
+  sizes: jax.Array
+
+  def draw(
+    self, key: jax.Array, row: Any, batch: int
+  ) -> tuple[jax.Array, jax.Array]:
+    """Draws images `[B, H, W, C]` in [0, 1] and labels `[B]` of a row."""
+    at = jax.random.randint(key, (batch,), 0, self.sizes[row])
+    return self.images[row, at].astype(jnp.float32) / 255, self.labels[row, at]
+
+
+def on_device(splits: Sequence[Split]) -> Images:
+  """Puts splits on the device, one a row."""
+  images = jnp.asarray(pad_images([s.images for s in splits]))
+  size = images.shape[1]
+  labels = [np.pad(s.labels, (0, size - len(s.labels))) for s in splits]
+  return Images(
+    images,
+    jnp.asarray(np.stack(labels)),
+    jnp.array([len(s.labels) for s in splits]),
+  )
