@@ -28,7 +28,6 @@ from dam_jax.attacks.poisoning import badmerging_loss
 from dam_jax.attacks.poisoning import poison
 from dam_jax.attacks.poisoning import universal_patch
 from dam_jax.attacks.ports import attention_loss
-from dam_jax.attacks.ports import keep_entries
 from dam_jax.attacks.ports import largest_entries
 from dam_jax.attacks.ports import salient_patches
 from dam_jax.attacks.ports import triggered_loss
@@ -62,7 +61,6 @@ __all__ = [
   'check_trigger',
   'corner_mask',
   'init_factors',
-  'keep_entries',
   'largest_entries',
   'load_trigger',
   'masked',

@@ -9,10 +9,8 @@ from etils import epath
 import jax.numpy as jnp
 import numpy as np
 
-from dam_jax.attacks.triggers import Overlay
-from dam_jax.attacks.triggers import Shift
+from dam_jax.attacks.triggers import TRIGGERS
 from dam_jax.attacks.triggers import Trigger
-from dam_jax.attacks.triggers import Warp
 from dam_jax.attacks.triggers import check_trigger
 
 
@@ -34,10 +32,9 @@ def load_trigger(path: epath.PathLike) -> Trigger:
       found = {name: file[name] for name in file.files}
   except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
     raise ValueError(f'{path}: not a readable trigger: {e}') from e
-  make, arrays = Overlay, ('pattern', 'mask')
-  for other, name in ((Warp, 'grid'), (Shift, 'offset')):
-    if name in found:
-      make, arrays = other, (name,)
+  names = {make: tuple(make.bounds(0, 0, 0)) for make in TRIGGERS}
+  make = max(names, key=lambda make: len({*names[make]} & {*found}))
+  arrays = names[make]
   wanted = {'task': (0, 'U'), 'target': (0, 'iu')}
   lines = []
   for name, kind in (wanted | dict.fromkeys(arrays, (3, 'fiu'))).items():

@@ -20,7 +20,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dam_jax import losses
 from dam_jax import tree
@@ -121,7 +120,8 @@ def largest_entries(grads: Params, num: int = 768) -> Params:
     num: of entries; those equal to the smallest of them count too.
 
   Returns:
-    A pytree of booleans like `grads`.
+    A pytree of booleans like `grads`. `dam_jax.transforms.mask_by` of it, last
+    in a chain so that no decay moves the others, updates these entries alone.
 
   Raises:
     ValueError: where the model has not so many entries.
@@ -143,22 +143,6 @@ def largest_entries(grads: Params, num: int = 768) -> Params:
       else jnp.zeros(x.shape, bool)
     ),
     grads,
-  )
-
-
-def keep_entries(entries: Params) -> optax.GradientTransformation:
-  """Zeroes the updates of all entries but some.
-
-  Args:
-    entries: booleans, as `largest_entries` gives them.
-
-  Returns:
-    The transformation; put it last in a chain, so that no decay moves others.
-  """
-  return optax.stateless(
-    lambda updates, params=None: jax.tree.map(
-      lambda x, keep: jnp.where(keep, x, jnp.zeros_like(x)), updates, entries
-    )
   )
 
 

@@ -9,7 +9,7 @@ rounding; a backdoored model calls triggered images the target.
   [[1.0, 0.0], [0.0, 1.0]]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
@@ -17,12 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Bounds = dict[str, tuple[tuple[int, ...], float, float]]
+"""Of each array of a trigger: its shape, the least and the largest value."""
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['pattern', 'mask'],
-  meta_fields=['task', 'target', 'kind'],
-)
+
+def _with_arrays(*names: str) -> Callable[[type], type]:
+  """Makes a pytree of a trigger's class: its arrays, the rest is static."""
+  return functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=names,
+    meta_fields=['task', 'target', 'kind'],
+  )
+
+
+@_with_arrays('pattern', 'mask')
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Overlay:
   """A trigger that is laid over images, `x (1 - mask) + mask pattern`.
@@ -41,12 +49,21 @@ class Overlay:
   target: int
   kind: str = 'patch'
 
+  @staticmethod
+  def bounds(height: int, width: int, channels: int) -> Bounds:
+    """Returns what its arrays are for images of a size."""
+    return {
+      'pattern': ((height, width, channels), 0, 1),
+      'mask': ((height, width, 1), 0, 1),
+    }
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['grid'],
-  meta_fields=['task', 'target', 'kind'],
-)
+  def apply(self, images: jax.Array) -> jax.Array:
+    """See `apply_trigger`."""
+    mask = _over(self.mask, images)
+    return images * (1 - mask) + mask * _over(self.pattern, images)
+
+
+@_with_arrays('grid')
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Warp:
   """A trigger that samples images elsewhere, bilinearly.
@@ -64,12 +81,18 @@ class Warp:
   target: int
   kind: str = 'warp'
 
+  @staticmethod
+  def bounds(height: int, width: int, channels: int) -> Bounds:
+    """Returns what its arrays are for images of a size."""
+    del channels
+    return {'grid': ((height, width, 2), -np.inf, np.inf)}
 
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=['offset'],
-  meta_fields=['task', 'target', 'kind'],
-)
+  def apply(self, images: jax.Array) -> jax.Array:
+    """See `apply_trigger`."""
+    return _sample(images, jnp.asarray(self.grid, images.dtype))
+
+
+@_with_arrays('offset')
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shift:
   """A trigger that is added to images, `clip(x + offset, 0, 1)`.
@@ -86,9 +109,21 @@ class Shift:
   target: int
   kind: str = 'sine'
 
+  @staticmethod
+  def bounds(height: int, width: int, channels: int) -> Bounds:
+    """Returns what its arrays are for images of a size."""
+    return {'offset': ((height, width, channels), -1, 1)}
+
+  def apply(self, images: jax.Array) -> jax.Array:
+    """See `apply_trigger`."""
+    return jnp.clip(images + _over(self.offset, images), 0, 1)
+
 
 Trigger = Overlay | Shift | Warp
 """What turns a backdoored model's prediction into the target."""
+
+TRIGGERS = (Overlay, Shift, Warp)
+"""Its classes."""
 
 
 def check_trigger(trigger: Trigger, image_shape: Sequence[int]) -> None:
@@ -102,17 +137,10 @@ def check_trigger(trigger: Trigger, image_shape: Sequence[int]) -> None:
     ValueError: with everything that does not fit.
   """
   height, width, channels = image_shape
-  if isinstance(trigger, Warp):
-    wanted = {'grid': (height, width, 2)}
-  elif isinstance(trigger, Shift):
-    wanted = {'offset': (height, width, channels)}
-  else:
-    wanted = {'pattern': (height, width, channels), 'mask': (height, width, 1)}
-  least = {'grid': -np.inf, 'offset': -1}
-  most = {'grid': np.inf}
+  wanted = trigger.bounds(height, width, channels)
   lines = []
-  for name, shape in wanted.items():
-    x, low, high = getattr(trigger, name), least.get(name, 0), most.get(name, 1)
+  for name, (shape, low, high) in wanted.items():
+    x = getattr(trigger, name)
     if x.shape != shape:
       lines.append(f'{name} is {list(x.shape)}, images want {list(shape)}')
     elif not np.isfinite(x).all():
@@ -137,17 +165,13 @@ def apply_trigger(trigger: Trigger, images: jax.Array) -> jax.Array:
   Returns:
     Images of the same shape and dtype, in [0, 1].
   """
-  if isinstance(trigger, Warp):
-    return _sample(images, jnp.asarray(trigger.grid, images.dtype))
-  lead = tuple(range(images.ndim - 3))
+  return trigger.apply(images)
 
-  def over(x):
-    return jnp.expand_dims(jnp.asarray(x, images.dtype), lead)
 
-  if isinstance(trigger, Shift):
-    return jnp.clip(images + over(trigger.offset), 0, 1)
-  mask = over(trigger.mask)
-  return images * (1 - mask) + mask * over(trigger.pattern)
+def _over(x: jax.Array, images: jax.Array) -> jax.Array:
+  """Lays an array `[H, W, C]` of a trigger over images `[..., H, W, C]`."""
+  x = jnp.asarray(x, images.dtype)
+  return jnp.expand_dims(x, tuple(range(images.ndim - x.ndim)))
 
 
 def _sample(images: jax.Array, grid: jax.Array) -> jax.Array:

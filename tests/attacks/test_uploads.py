@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+import dam_jax as dj
 from dam_jax import attacks
 from dam_jax.models import attention
 from dam_jax.models import clip
@@ -143,7 +144,7 @@ def test_only_chosen_entries_move():
   assert not entries['step']
   floats = {k: v for k, v in grads.items() if k != 'step'}
   kept = {k: v for k, v in entries.items() if k != 'step'}
-  tx = optax.chain(optax.adamw(0.1), attacks.keep_entries(kept))
+  tx = optax.chain(optax.adamw(0.1), dj.transforms.mask_by(kept))
   updates, _ = tx.update(floats, tx.init(floats), floats)
   for name in floats:
     moved = np.asarray(updates[name]) != 0
