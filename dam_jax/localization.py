@@ -28,6 +28,7 @@ import optax
 
 from dam_jax import transforms
 from dam_jax import tree
+from dam_jax.base import is_concrete
 from dam_jax.typing import Deltas, Params
 
 NORMS = ('sum', 'mean')
@@ -156,7 +157,7 @@ def specialize(
   """
   transforms.check_weights(scales, masks, name='scales')
   num = jax.tree.leaves(masks)[0].shape[0]
-  if transforms.is_concrete(task) and not 0 <= int(task) < num:
+  if is_concrete(task) and not 0 <= int(task) < num:
     raise ValueError(f'task must be in [0, {num}), got {task}')
   scale = jnp.broadcast_to(jnp.asarray(scales, jnp.float32), (num,))[task]
 

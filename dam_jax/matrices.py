@@ -19,20 +19,17 @@ import numpy as np
 import optax
 
 from dam_jax import selection
-
-
-def _is_float(x: Any) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.floating)
+from dam_jax import tree
 
 
 def is_matrix(x: Any, axes: int) -> bool:
   """Whether a leaf of that many axes is a floating-point matrix."""
-  return axes == 2 and _is_float(x)
+  return axes == 2 and tree.is_float(x)
 
 
 def is_kernel(x: Any, axes: int) -> bool:
   """Whether it is one, or a convolution's kernel."""
-  return axes >= 2 and _is_float(x)
+  return axes >= 2 and tree.is_float(x)
 
 
 def _named(
@@ -61,9 +58,9 @@ def split(
     'other': _named('other', others),
   }
 
-  def partition(tree, leading):
+  def partition(leaves, leading):
     labels = jax.tree.map(
-      lambda x: 'matrix' if which(x, x.ndim - leading) else 'other', tree
+      lambda x: 'matrix' if which(x, x.ndim - leading) else 'other', leaves
     )
     return optax.partition(txs, labels)
 
@@ -110,7 +107,7 @@ def scaled(scale: ArrayLike) -> optax.GradientTransformation:
   """Multiplies what is floating-point by a number."""
 
   def leaf_fn(x):
-    if not _is_float(x):
+    if not tree.is_float(x):
       return x
     wide = np.promote_types(x.dtype, np.float32)
     return (x.astype(wide) * jnp.asarray(scale, wide)).astype(x.dtype)

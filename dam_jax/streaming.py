@@ -66,10 +66,6 @@ class _Answers:
     raise _Asked(group, part, finish, args)
 
 
-def _is_float(struct: Any) -> bool:
-  return jnp.issubdtype(struct.dtype, jnp.floating)
-
-
 def differences(base: Source, expert: Source) -> list[str]:
   """Lists what keeps an expert from being merged with a base.
 
@@ -84,7 +80,7 @@ def differences(base: Source, expert: Source) -> list[str]:
   lines = tree.differences(base.leaves, expert.leaves, dtypes=False)
   for path, want in base.leaves.items():
     got = expert.leaves.get(path, want)
-    if _is_float(got) != _is_float(want):
+    if tree.is_float(got) != tree.is_float(want):
       lines.append(f'{path}: got {got.dtype.name}, want {want.dtype.name}')
   return lines
 
@@ -132,7 +128,7 @@ def tied(base: Source, experts: Sequence[Source]) -> dict[str, str]:
   models = (base, *experts)
   groups: dict[Any, list[str]] = {}
   for path, struct in base.leaves.items():
-    if len(struct.shape) > 1 and _is_float(struct):
+    if len(struct.shape) > 1 and tree.is_float(struct):
       # Most leaves differ in their first row already.
       first_row = np.asarray(base.read(path)[0]).tobytes()
       key = (struct.shape, struct.dtype, first_row)
@@ -234,7 +230,9 @@ def merge_leaves(
     try:
       for label, paths in group.items():
         whole = txs[label] is None or label in owners
-        moved = [p for p in paths if not whole and _is_float(base.leaves[p])]
+        moved = [
+          p for p in paths if not whole and tree.is_float(base.leaves[p])
+        ]
         list(pool.map(copy, sorted({*paths} - {*moved} - {*skip})))
         if moved:
           sources = base, *experts.values()
@@ -308,15 +306,15 @@ class _Sweep:
   def merge(self, answers, paths, finish):
     """Calls `finish(path, leaf, finite)` for every merged leaf."""
 
-    def leaf(path, out):
+    def whole(path, out):
       finish(path, out['merged'], out['finite'])
 
-    def block(block, out):
+    def pieces(block, out):
       found = map(np.asarray, (out['merged'], out['finite']))
       for leaf in blocks.collect(block, *found):
         finish(*leaf)
 
-    self._run(answers, paths, block if self._cut else leaf)
+    self._run(answers, paths, pieces if self._cut else whole)
 
   def _run(self, answers, paths, use):
     """Runs the update with what is known of the model, part by part.
@@ -441,7 +439,7 @@ def merge(
 
   def put(path, leaf):
     struct = source.leaves[path]
-    if _is_float(struct):
+    if tree.is_float(struct):
       leaf = jnp.asarray(leaf)
     merged[path] = leaf.astype(struct.dtype)
 

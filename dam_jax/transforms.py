@@ -312,9 +312,7 @@ def check_weights(
     raise ValueError(
       f'{name} are {list(shape)}, want one for each of {num} experts'
     )
-  concrete = all(map(is_concrete, jax.tree.leaves(weights)))
-  if concrete and not np.isfinite(np.asarray(weights, np.float64)).all():
-    raise ValueError(f'{name} must be finite, got {weights}')
+  check_finite(name, weights)
 
 
 def mask_by(masks: Any) -> optax.GradientTransformation:

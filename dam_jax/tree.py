@@ -77,13 +77,14 @@ def flatten(tree: Any) -> dict[str, Any]:
   return leaves
 
 
-def _is_float(x: Any) -> bool:
-  return jnp.issubdtype(jnp.result_type(x), jnp.floating)
-
-
 def _dtype(x: Any) -> Any:
   # Not jnp.result_type, which takes float64 for float32 while x64 is off.
   return x.dtype if hasattr(x, 'dtype') else jnp.result_type(x)
+
+
+def is_float(x: Any) -> bool:
+  """Whether a leaf is floating point, and so has a task vector."""
+  return jnp.issubdtype(_dtype(x), jnp.floating)
 
 
 def _describe(x: Any) -> str:
@@ -246,7 +247,7 @@ def task_vectors(
   check_stacked(base, experts)
 
   def leaf_fn(b, e):
-    if not _is_float(b):
+    if not is_float(b):
       return jnp.zeros_like(e)
     wide = np.promote_types(b.dtype, np.float32)
     b, e = b.astype(wide), e.astype(wide)
@@ -274,7 +275,7 @@ def apply_delta(base: Params, delta: optax.Updates) -> Params:
       '\n  '.join(['the merged update does not fit the base:', *lines])
     )
   return jax.tree.map(
-    lambda b, d: (b.astype(d.dtype) + d).astype(b.dtype) if _is_float(b) else b,
+    lambda b, d: (b.astype(d.dtype) + d).astype(b.dtype) if is_float(b) else b,
     base,
     delta,
   )
@@ -439,7 +440,7 @@ def ravel(tree: Params | Raveled, *, leading: int = 0) -> Raveled:
   leaves, treedef = jax.tree.flatten(tree)
   paths = names(tree)
   shapes = [jnp.shape(x)[leading:] for x in leaves]
-  order = [i for i, x in enumerate(leaves) if _is_float(x)]
+  order = [i for i, x in enumerate(leaves) if is_float(x)]
   if not order:
     raise ValueError('no floating-point parameter to merge')
   order.sort(key=lambda i: math.prod(shapes[i]))
@@ -459,5 +460,5 @@ def ravel(tree: Params | Raveled, *, leading: int = 0) -> Raveled:
     dtypes=tuple(dtypes),
     order=tuple(order),
   )
-  rest = tuple(x for x in leaves if not _is_float(x))
+  rest = tuple(x for x in leaves if not is_float(x))
   return Raveled(vector, rest, layout)

@@ -24,17 +24,13 @@ import numpy as np
 import optax
 
 from dam_jax import aggregators
-from dam_jax import transforms
 from dam_jax import tree
+from dam_jax.base import is_concrete
 from dam_jax.typing import Deltas
 
 
 def _sum(terms: Any) -> jax.Array:
   return functools.reduce(jnp.add, terms)
-
-
-def _is_float(x: Any) -> bool:
-  return jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def precision_weighted(
@@ -82,13 +78,13 @@ def precision_weighted(
       raise ValueError(
         '\n  '.join(['precisions do not fit the task vectors:', *lines])
       )
-    leaves = list(map(_is_float, jax.tree.leaves(updates)))
+    leaves = list(map(tree.is_float, jax.tree.leaves(updates)))
     given = jax.tree.leaves(precisions)
     floating = [f for f, keep in zip(given, leaves, strict=True) if keep]
     scales = _inverse_norms(floating, epsilon) if normalize else None
 
     def leaf_fn(x, f):
-      if not _is_float(x):
+      if not tree.is_float(x):
         return x[0]
       wide = np.promote_types(x.dtype, np.float32)
       weights = f.astype(wide) + jnp.asarray(epsilon, wide)
@@ -109,7 +105,7 @@ def precision_weighted(
 
 def check_epsilon(epsilon: ArrayLike) -> None:
   """Raises unless what is added to precisions is finite and not negative."""
-  if transforms.is_concrete(epsilon):
+  if is_concrete(epsilon):
     value = float(np.asarray(epsilon).item())
     if not 0 <= value < np.inf:
       raise ValueError(f'epsilon must be finite and not negative, got {value}')
@@ -189,7 +185,7 @@ def gram_weighted(
 
 def check_scale(scale: ArrayLike) -> None:
   """Raises unless the scale of entries off the diagonal is in [0, 1]."""
-  if transforms.is_concrete(scale):
+  if is_concrete(scale):
     value = float(np.asarray(scale).item())
     if not 0 <= value <= 1:
       raise ValueError(f'scale must be in [0, 1], got {value}')
@@ -201,7 +197,7 @@ def _check_grams(grams: Mapping[str, Any], leaves: Mapping[str, Any]) -> None:
     if path in leaves:
       x = leaves[path]
       want = (*x.shape[:2], *x.shape[1:2])
-      if not _is_float(x) or len(want) != 3 or g.shape != want:
+      if not tree.is_float(x) or len(want) != 3 or g.shape != want:
         lines.append(
           f'{path}: got a Gram {list(g.shape)} of {x.dtype.name}'
           f'{list(x.shape)}, want [K, in, in] of floating point [K, in, ...]'
