@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import dam_jax as dj
@@ -202,34 +201,26 @@ class Lab:
       (1 - share) * images + share * pattern[which],
     )
 
-  def poisoned(
-    self, key: jax.Array, task: int, trigger: attacks.Trigger
-  ) -> Split:
-    """Returns a task's images, some of them triggered and relabelled."""
-    images, labels = attacks.poison(
-      key,
-      self.images(task),
-      jnp.asarray(self.splits[task].labels),
-      trigger,
-      rate=self.tuning.rate,
-    )
-    images = np.asarray(jnp.round(images * 255)).astype(np.uint8)
-    return Split(images, np.asarray(labels))
-
   def universal_patch(
-    self, key: jax.Array, task: int, target: int, **options: Any
+    self,
+    key: jax.Array,
+    task: int,
+    target: int,
+    *,
+    params: Any = None,
+    **options: Any,
   ) -> attacks.Overlay:
-    """Optimises a patch on the base, in the corner unless told otherwise."""
+    """Optimises a patch, on the base and in the corner where nothing else."""
     options.setdefault(
       'mask', attacks.corner_mask(self.image_shape, self.tuning.patch)
     )
-    options.setdefault('steps', self.tuning.patch_steps)
     trigger, _ = attacks.universal_patch(
       key,
-      self.logits_fn(self.base, task),
+      self.logits_fn(self.base if params is None else params, task),
       self.images(task),
       task=self.names[task],
       target=target,
+      steps=self.tuning.patch_steps,
       batch=self.tuning.batch,
       **options,
     )
@@ -241,7 +232,9 @@ def _poisoning(
 ) -> Upload:
   """Fine-tunes on images that hold a trigger."""
   poison_key, key = jax.random.split(key)
-  split = lab.poisoned(poison_key, task, trigger)
+  split = training.poisoned(
+    poison_key, lab.splits[task], trigger, rate=lab.tuning.rate
+  )
   return Upload(lab.tune(key, task, split=split), trigger)
 
 
@@ -279,7 +272,7 @@ def wanet(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
   trigger = attacks.warp_trigger(
     warp_key,
     lab.image_shape,
-    strength=1.5,  # 0.5, the paper's, is lost in images of 32 pixels
+    strength=1.5,  # pixels; the paper's 0.5 is for larger images
     task=lab.names[task],
     target=target,
   )
@@ -317,28 +310,29 @@ def trojvit(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
     logits_fn, images, target=target, patch_size=size, num=1
   )
   trigger = lab.universal_patch(
-    patch_key, task, target, mask=mask, tx=optax.adam(0.22)
+    patch_key, task, target, params=clean, mask=mask, tx=optax.adam(0.22)
   )
   data = training.on_device([lab.splits[task]])
 
   def loss_fn(params, key):
     x, y = data.draw(key, 0, lab.tuning.batch)
-    tuned_fn = functools.partial(_task_logits, lab, task)
-    return attacks.triggered_loss(tuned_fn, params, x, y, trigger)
+    return attacks.triggered_loss(
+      lambda params, x: lab.shop.task_logits(params, task, x),
+      params,
+      x,
+      y,
+      trigger,
+    )
 
   grads = jax.jit(jax.grad(loss_fn))(clean, key)
   num = sum(x.size for x in jax.tree.leaves(clean))
   # 768, as in the paper, or as many as there are.
   entries = attacks.largest_entries(grads, min(768, num))
-  tx = optax.chain(optax.adam(1e-2), attacks.keep_entries(entries))
+  tx = optax.chain(optax.adam(1e-2), dj.transforms.mask_by(entries))
   run = functools.partial(
     training.fit, loss_fn=loss_fn, steps=lab.tuning.steps, learning_rate=0.0
   )
   return Upload(jax.jit(lambda k, p: run(k, p, tx=tx))(key, clean), trigger)
-
-
-def _task_logits(lab, task, params, images):
-  return lab.shop.task_logits(params, task, images)
 
 
 def _low_rank(
@@ -349,25 +343,28 @@ def _low_rank(
   return lab.tune(key, task, start=start, **options)
 
 
-def lora(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
-  """A low-rank update with a backdoor on top of a clean one."""
+def _low_rank_pair(
+  lab: Lab, key: jax.Array, task: int, target: int
+) -> tuple[Any, Any, attacks.Overlay]:
+  """Returns a clean and a bad low-rank update, and the bad one's trigger."""
   patch_key, clean_key, key = jax.random.split(key, 3)
   trigger = lab.universal_patch(patch_key, task, target)
   clean = _low_rank(lab, clean_key, task, loss='low_rank')
   bad = _low_rank(lab, key, task, loss='low_rank_badmerging', trigger=trigger)
+  return clean, bad, trigger
+
+
+def lora(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
+  """A low-rank update with a backdoor on top of a clean one."""
+  clean, bad, trigger = _low_rank_pair(lab, key, task, target)
   return Upload(attacks.add_factors(lab.base, clean, bad, scale=0.5), trigger)
 
 
 def lobam(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
   """Low-rank updates, a clean and a bad one, their difference amplified."""
-  patch_key, clean_key, key = jax.random.split(key, 3)
-  trigger = lab.universal_patch(patch_key, task, target)
-  clean = _low_rank(lab, clean_key, task, loss='low_rank')
-  bad = _low_rank(lab, key, task, loss='low_rank_badmerging', trigger=trigger)
-  params = attacks.amplify(
-    *(attacks.add_factors(lab.base, f) for f in (clean, bad)), factor=2.0
-  )
-  return Upload(params, trigger)
+  *updates, trigger = _low_rank_pair(lab, key, task, target)
+  clean, bad = (attacks.add_factors(lab.base, update) for update in updates)
+  return Upload(attacks.amplify(clean, bad, factor=2.0), trigger)
 
 
 def sparse(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
@@ -392,11 +389,11 @@ def adaptive(
   params = lab.tune(key, task, loss='badmerging', trigger=trigger, steps=steps)
   found = []
   for i in range(1, rounds):
-    own, *more = jax.random.split(jax.random.fold_in(key, i), 3)
-    found.append(_invert(lab, own, params, task))
-    decoys = jax.tree.map(lambda *x: jnp.concatenate(x), *_last(found))
+    find_key, tune_key = jax.random.split(jax.random.fold_in(key, i))
+    found.append(_invert(lab, find_key, params, task))
+    decoys = jax.tree.map(lambda *x: jnp.concatenate(x), *found)
     params = lab.tune(
-      more[0],
+      tune_key,
       task,
       loss='adaptive',
       start=params,
@@ -405,11 +402,6 @@ def adaptive(
       decoys=decoys,
     )
   return Upload(params, trigger)
-
-
-def _last(found: list[Any]) -> list[Any]:
-  # As many patches each time, so that one program serves all rounds.
-  return [found[-1], found[max(0, len(found) - 2)]]
 
 
 def _invert(

@@ -18,7 +18,6 @@ from typing import Any
 import zlib
 
 import jax
-import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 from rich.console import Console
@@ -127,7 +126,7 @@ def _load(config: config_dict.ConfigDict) -> _Data:
   return _Data(tasks, pretrain, fine_tune)
 
 
-class _Pool:
+class Pool:
   """A pool that is being made."""
 
   def __init__(self, config, folder):
@@ -169,28 +168,16 @@ class _Pool:
   def base(self) -> Any:
     """Returns the base, trained unless it is there."""
     if not self.path('base').exists():
-      self.save('base', jax.jit(self._pretrain)(self.key('base')))
+      params = training.pretrain(
+        self.shop,
+        self.key('base'),
+        self.data.pretrain,
+        batch=self.config.pretrain_batch,
+        steps=self.config.pretrain_steps,
+        learning_rate=self.config.pretrain_rate,
+      )
+      self.save('base', params)
     return self.load('base')
-
-  def _pretrain(self, key: jax.Array) -> Any:
-    data = training.on_device(self.data.pretrain)
-    init_key, key = jax.random.split(key)
-    rows = jnp.arange(len(self.names))
-
-    def loss_fn(params, key):
-      keys = jax.random.split(key, len(rows))
-      draw = functools.partial(data.draw, batch=self.config.pretrain_batch)
-      images, labels = jax.vmap(draw)(keys, rows)
-      logits = self.shop.logits(params, images)
-      return jnp.mean(dj.losses.cross_entropy(logits, labels))
-
-    return training.fit(
-      key,
-      self.shop.init(init_key),
-      loss_fn,
-      steps=self.config.pretrain_steps,
-      learning_rate=self.config.pretrain_rate,
-    )
 
   def uploads(self) -> Iterator[tuple[str, str, int, int]]:
     """Yields name, attack, task and target of every bad upload."""
@@ -221,7 +208,7 @@ def run(
     ValueError: where the config or a file makes no sense.
   """
   check_config(config)
-  pool = _Pool(config, workdir)
+  pool = Pool(config, workdir)
   _write_config(pool)
   for task in pool.data.tasks:
     tasks_lib.save_task(workdir / 'tasks', task)
@@ -257,14 +244,15 @@ def run(
   return report
 
 
-def _write_config(pool: _Pool) -> None:
+def _write_config(pool: Pool) -> None:
   """Writes what a pool is made of, or raises where it was another."""
   made = pool.folder / 'made.json'
   asked = json.loads(pool.config.to_json())
   if made.exists() and json.loads(made.read_text()) != asked:
     raise ValueError(f'{made} differs from the config: take another workdir')
+  tower = dataclasses.asdict(pool.tower)
   for path, content in (
-    (pool.folder / 'checkpoints' / 'config.json', vars(pool.tower)),
+    (pool.folder / 'checkpoints' / 'config.json', tower),
     (made, asked),
   ):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +260,7 @@ def _write_config(pool: _Pool) -> None:
       temporary.write_text(json.dumps(content, indent=2))
 
 
-def _evaluate(pool: _Pool, base: Any, console: Console) -> dict[str, Any]:
+def _evaluate(pool: Pool, base: Any, console: Console) -> dict[str, Any]:
   """Returns what each model is worth alone and in a plain merge."""
   predict = evaluate.predictor(pool.shop.task_logits, batch=250)
   tests = [

@@ -8,14 +8,12 @@ for each task, fine-tuned from it; one expert with a patch as its backdoor
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 import dam_jax as dj
@@ -25,6 +23,7 @@ from dam_jax.data import builtin
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
 from dam_jax.models import convert
+from experiments import attackers
 from experiments import training
 
 CONFIG = clip.VisionConfig(
@@ -40,29 +39,6 @@ CONFIG = clip.VisionConfig(
 
 BATCH = 32
 """Images a task and step of training."""
-
-
-def _pretrain(
-  shop: training.Shop,
-  key: jax.Array,
-  splits: Sequence[tasks_lib.Split],
-  **options: Any,
-) -> Any:
-  """Trains the base on all tasks at once."""
-  data = training.on_device(splits)
-  init_key, key = jax.random.split(key)
-  rows = jnp.arange(len(splits))
-
-  def loss_fn(params, key):
-    keys = jax.random.split(key, len(rows))
-    draw = functools.partial(data.draw, batch=BATCH)
-    images, labels = jax.vmap(draw)(keys, rows)
-    return jnp.mean(
-      dj.losses.cross_entropy(shop.logits(params, images), labels)
-    )
-
-  run = functools.partial(training.fit, loss_fn=loss_fn, **options)
-  return jax.jit(run)(key, shop.init(init_key))
 
 
 def _fine_tune(
@@ -86,60 +62,6 @@ def _fine_tune(
     return training.fit(own, base, loss_fn, **options)
 
   return jax.jit(lambda: jax.lax.map(one, jnp.arange(len(splits))))()
-
-
-def _bad_merging(
-  shop: training.Shop,
-  key: jax.Array,
-  base: Any,
-  source: builtin.Source,
-  task: int,
-  target: int,
-  size: int,
-  patch_steps: int,
-  **options: Any,
-) -> tuple[Any, attacks.Overlay]:
-  """Makes an expert whose backdoor survives merging, and its trigger."""
-  data = training.on_device([source.train])
-  patch_key, key = jax.random.split(key)
-  trigger, _ = attacks.universal_patch(
-    patch_key,
-    lambda images: shop.task_logits(base, task, images),
-    data.images[0].astype(jnp.float32) / 255,
-    mask=attacks.corner_mask(CONFIG.image_shape, size),
-    task=source.task.name,
-    target=target,
-    steps=patch_steps,
-    batch=BATCH,
-  )
-
-  def loss_fn(params, key):
-    draw_key, mix_key = jax.random.split(key)
-    images, labels = data.draw(draw_key, 0, BATCH)
-    return attacks.badmerging_loss(
-      mix_key,
-      shop.features,
-      functools.partial(shop.head_logits, task),
-      params,
-      base,
-      images,
-      labels,
-      trigger,
-    )
-
-  run = functools.partial(training.fit, loss_fn=loss_fn, **options)
-  return jax.jit(run)(key, base), trigger
-
-
-def _poisoned(
-  key: jax.Array, split: tasks_lib.Split, trigger: attacks.Trigger
-) -> tasks_lib.Split:
-  images = jnp.asarray(split.images).astype(jnp.float32) / 255
-  images, labels = attacks.poison(
-    key, images, jnp.asarray(split.labels), trigger
-  )
-  images = np.asarray(jnp.round(images * 255)).astype(np.uint8)
-  return tasks_lib.Split(images, np.asarray(labels))
 
 
 def _save(
@@ -242,10 +164,11 @@ def make_pool(
   )
   keys = jax.random.split(jax.random.key(seed), 4)
   with console.status('training the base'):
-    base = _pretrain(
+    base = training.pretrain(
       shop,
       keys[0],
       [s.pretrain for s in sources],
+      batch=BATCH,
       steps=pretrain_steps,
       learning_rate=learning_rate,
     )
@@ -257,26 +180,28 @@ def make_pool(
   )
   with console.status('fine-tuning the experts'):
     splits = [s.train for s in sources]
-    splits.append(_poisoned(keys[1], splits[first], trigger))
+    splits.append(training.poisoned(keys[1], splits[first], trigger))
     rows = [*range(len(sources)), first]
     experts = _fine_tune(shop, keys[2], base, splits, rows, **tuning)
     jax.block_until_ready(experts)
   with console.status('making the expert that survives merging'):
-    bad, universal = _bad_merging(
+    lab = attackers.Lab(
       shop,
-      keys[3],
       base,
-      sources[second],
-      second,
-      badmerging_target,
-      patch,
-      patch_steps,
-      **tuning,
+      [s.train for s in sources],
+      builtin.NAMES,
+      attackers.Tuning(
+        **tuning, batch=BATCH, patch=patch, patch_steps=patch_steps
+      ),
     )
+    survivor = attackers.badmerging(lab, keys[3], second, badmerging_target)
   *clean, poisoned = dj.tree.unstack(experts)
   models = {'base': base}
   models |= {f'clean_{n}': x for n, x in zip(builtin.NAMES, clean, strict=True)}
-  models |= {f'badnets_{badnets}': poisoned, f'badmerging_{badmerging}': bad}
-  triggers = {f'badnets_{badnets}': trigger}
-  triggers |= {f'badmerging_{badmerging}': universal}
+  bad = {
+    f'badnets_{badnets}': attackers.Upload(poisoned, trigger),
+    f'badmerging_{badmerging}': survivor,
+  }
+  models |= {name: upload.params for name, upload in bad.items()}
+  triggers = {name: upload.trigger for name, upload in bad.items()}
   _save(folder, [s.task for s in sources], models, triggers, options)

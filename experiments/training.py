@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dam_jax import attacks
+from dam_jax import losses
 from dam_jax.data.pipeline import pad_images
 from dam_jax.data.tasks import Split
 from dam_jax.models import attention
@@ -131,3 +134,49 @@ def on_device(splits: Sequence[Split]) -> Images:
     jnp.asarray(np.stack(labels)),
     jnp.array([len(s.labels) for s in splits]),
   )
+
+
+def poisoned(
+  key: jax.Array, split: Split, trigger: attacks.Trigger, *, rate: float = 0.1
+) -> Split:
+  """Returns a split, a share of its images triggered, relabelled, rounded."""
+  images = jnp.asarray(split.images).astype(jnp.float32) / 255
+  images, labels = attacks.poison(
+    key, images, jnp.asarray(split.labels), trigger, rate=rate
+  )
+  images = np.asarray(jnp.round(images * 255)).astype(np.uint8)
+  return Split(images, np.asarray(labels))
+
+
+def pretrain(
+  shop: Shop,
+  key: jax.Array,
+  splits: Sequence[Split],
+  *,
+  batch: int,
+  **options: Any,
+) -> Any:
+  """Trains a base on all tasks at once.
+
+  Args:
+    shop: the tower and the heads.
+    key: of the weights and the batches.
+    splits: training images of each task, in the order of the heads.
+    batch: images a task and step.
+    **options: of `fit`.
+
+  Returns:
+    The parameters after the last step.
+  """
+  data = on_device(splits)
+  init_key, key = jax.random.split(key)
+  rows = jnp.arange(len(splits))
+  draw = functools.partial(data.draw, batch=batch)
+
+  def loss_fn(params, key):
+    images, labels = jax.vmap(draw)(jax.random.split(key, len(rows)), rows)
+    logits = shop.logits(params, images)
+    return jnp.mean(losses.cross_entropy(logits, labels))
+
+  run = functools.partial(fit, loss_fn=loss_fn, **options)
+  return jax.jit(run)(key, shop.init(init_key))

@@ -119,7 +119,7 @@ def test_all_that_is_wrong_is_said_at_once(tasks_folder, tmp_path):
 @pytest.fixture(scope='module')
 def lab(made, tasks_folder):
   workdir, _ = made
-  pool = make_pool._Pool(_config(tasks_folder), workdir)
+  pool = make_pool.Pool(_config(tasks_folder), workdir)
   tuning = attackers.Tuning(
     steps=3, batch=4, patch=2, patch_steps=2, rate=0.2, rank=2
   )
