@@ -1,7 +1,7 @@
 """A pool of towers small enough to make many of: seeds of every attack.
 
-Claim: which attacks survive a plain merge, and how they spread over seeds, can
-be measured in under an hour on two cores.
+It is for measuring which attacks survive a plain merge and how they spread over
+seeds, in about an hour on two cores. Neither has been measured yet.
 
   python -m experiments.make_pool --config=configs/nano_pool.py \
     --config.tasks_folder=PATH --workdir=PATH
