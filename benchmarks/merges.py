@@ -55,7 +55,7 @@ _WIDTH = flags.DEFINE_integer('width', 768, 'of the tower')
 _FOLDER = flags.DEFINE_string('folder', '', 'keep the models here')
 _JSON = flags.DEFINE_string('json', '', 'file to append one line to')
 
-FORMS = ('stacked', 'donated', 'leaves')
+FORMS = ('stacked', 'donated', 'leaves', 'leaves_donated')
 """`dj.merge` jitted, the same with the base donated, `dj.streaming.merge`."""
 TOLERANCE = {'memory': 2e-6, 'disk': 2e-5}
 """Of the largest `|ours - peer| / max|peer|` of a leaf; of files, of the norm

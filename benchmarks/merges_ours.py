@@ -28,7 +28,7 @@ def _arrays(params: Any) -> Any:
 
 def _read(folder: Path, form: str, num: int) -> tuple[Any, Any]:
   base, paths = folder / 'base.safetensors', expert_paths(folder, num)
-  if form == 'leaves':
+  if form.startswith('leaves'):
     models = [_arrays(checkpoint.load_params(path)) for path in (base, *paths)]
     return models[0], models[1:]
   named = {path.stem: path for path in paths}
@@ -60,7 +60,8 @@ def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
     folder: of the models.
     method: one of `METHODS`.
     form: 'stacked': `dj.merge` jitted; 'donated': with the base donated;
-      'device': the same, on random models; 'leaves': `dj.streaming.merge`.
+      'device': the same, on random models; 'leaves': `dj.streaming.merge`;
+      'leaves_donated': with the base donated.
     num: of experts.
     threads: that the process was given.
 
@@ -68,7 +69,7 @@ def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
     The merge.
   """
   tx = METHODS[method]()
-  donated = form in ('donated', 'device')
+  donated = form in ('donated', 'device', 'leaves_donated')
   if form == 'device':
     prepare = functools.partial(next, _draws(folder, num))
   else:
@@ -77,8 +78,8 @@ def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
     def prepare():
       return (_arrays(base) if donated else base), experts
 
-  if form == 'leaves':
-    merge = functools.partial(dj.streaming.merge, tx)
+  if form.startswith('leaves'):
+    merge = functools.partial(dj.streaming.merge, tx, donate_base=donated)
   else:
     merge = jax.jit(
       lambda base, experts: dj.merge(tx, base, experts).params,

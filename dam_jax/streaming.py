@@ -409,41 +409,65 @@ class _Tree:
     return self._arrays[path]
 
 
+def _check_donated(base: Source, experts: Mapping[str, Source]) -> None:
+  lines = []
+  for path in base.leaves:
+    leaf = base.read(path)
+    if not isinstance(leaf, jax.Array):
+      lines.append(f'{path}: got {type(leaf).__name__}, want jax.Array')
+    lines += [
+      f'{path}: the same array as the one of expert {name}'
+      for name, expert in experts.items()
+      if path in expert.leaves and expert.read(path) is leaf
+    ]
+  if lines:
+    raise ValueError('\n  '.join(['the base cannot be donated:', *lines]))
+
+
 def merge(
   tx: optax.GradientTransformation,
   base: Params,
   experts: Sequence[Params],
   *,
   workers: int = 2,
+  donate_base: bool = False,
 ) -> Params:
   """Merges models in memory leaf by leaf.
 
   Gives what `dam_jax.merge` gives for the experts stacked, and holds no stack
   and no task vectors of the whole model: beside the models themselves and the
-  result only a few leaves.
+  result only a few leaves. With the base donated that is `K + 1` models.
 
   Args:
     tx: maps task vectors `[K, ...]` to one update.
     base: the model that all experts were fine-tuned from.
     experts: `K` models like it.
     workers: how many leaves are under way at a time.
+    donate_base: whether each of the base's leaves is deleted once it is merged,
+      as `jax.jit` does with a donated argument.
 
   Returns:
     The merged model, in the base's structure and dtypes.
 
   Raises:
-    ValueError: where experts do not fit the base or are not finite.
+    ValueError: where experts do not fit the base or are not finite, or where a
+      donated base has leaves that cannot be deleted: NumPy's, or an expert's.
   """
   merged: dict[str, Any] = {}
   source = _Tree(base)
+  named = {str(k): _Tree(expert) for k, expert in enumerate(experts)}
+  if donate_base:
+    _check_donated(source, named)
 
   def put(path, leaf):
     struct = source.leaves[path]
-    if tree.is_float(struct):
-      leaf = jnp.asarray(leaf)
-    merged[path] = leaf.astype(struct.dtype)
+    if not tree.is_float(struct):
+      merged[path] = leaf
+      return
+    merged[path] = jnp.asarray(leaf).astype(struct.dtype)
+    if donate_base:
+      source.read(path).delete()
 
-  named = {str(k): _Tree(expert) for k, expert in enumerate(experts)}
   merge_leaves(tx, source, named, put, workers=workers)
   leaves = [merged[path] for path in source.leaves]
   return jax.tree.unflatten(jax.tree.structure(base), leaves)

@@ -74,6 +74,22 @@ def test_gives_what_the_whole_merge_gives(tx):
   np.testing.assert_array_equal(got['step'], BASE['step'])
 
 
+def test_a_donated_base_is_given_up_leaf_by_leaf():
+  base = jax.tree.map(jnp.array, BASE)
+  got = dj.streaming.merge(dj.ties(), base, EXPERTS, donate_base=True)
+  want = dj.streaming.merge(dj.ties(), BASE, EXPERTS)
+  chex.assert_trees_all_equal(got, want)
+  for path, leaf in dj.tree.flatten(base).items():
+    assert leaf.is_deleted() == (path != 'step')
+
+
+def test_a_donated_base_is_a_jax_array_and_its_own():
+  base = jax.tree.map(jnp.array, BASE) | {'step': np.int32(1)}
+  experts = [{**EXPERTS[0], 'head': base['head']}, EXPERTS[1]]
+  with pytest.raises(ValueError, match='(?s)expert 0.*want jax.Array'):
+    dj.streaming.merge(dj.ties(), base, experts, donate_base=True)
+
+
 def test_a_tie_of_signs_goes_to_the_whole_models_majority():
   base = {'a': np.zeros(1, np.float32), 'b': np.zeros(3, np.float32)}
   experts = [

@@ -42,7 +42,9 @@ def test_models_have_the_towers_size_and_are_the_same_again(folder, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, expert, again)
 
 
-@pytest.mark.parametrize('form', ['stacked', 'donated', 'leaves'])
+@pytest.mark.parametrize(
+  'form', ['stacked', 'donated', 'leaves', 'leaves_donated']
+)
 def test_every_form_merges_again_and_again(folder, form):
   merge = merges_ours.load(folder, 'average', form, 2, 1)
   paths = merge_worker.expert_paths(folder, 2)
