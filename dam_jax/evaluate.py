@@ -20,9 +20,10 @@ expert alone: the same counts, of other models.
   0.3333333333333333
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -255,6 +256,144 @@ def transfer(triggered: np.ndarray, clean: np.ndarray) -> Transfer:
   )
 
 
+def bootstrap(
+  hits: Sequence[np.ndarray],
+  *,
+  clusters: Sequence[Hashable] | None = None,
+  strata: Sequence[Hashable] | None = None,
+  seed: int = 0,
+  num: int = 2000,
+) -> tuple[float, float, float]:
+  """Averages hits, with a 95 % interval that covers both images and runs.
+
+  A run is a seed of an attack or of a merge. Every draw takes clusters of runs
+  with replacement, then runs of each, then images of each task, the same for
+  all runs, and averages over what it took and then over tasks. With one run,
+  the interval covers the images alone; with a handful it is too narrow, as
+  every bootstrap of so few is.
+
+  Args:
+    hits: `[R, N]` a task, what each of `R` runs did on the task's `N` images:
+      a boolean or number; NaN where it does not count.
+    clusters: `[R]` labels of runs that belong together, such as the upload that
+      they merge; None takes each run as a cluster.
+    strata: `[R]` labels of clusters that are drawn apart, such as the task that
+      is attacked; None draws all together.
+    seed: of the draws; the same seed draws the same images and runs.
+    num: of draws.
+
+  Returns:
+    Value, lower and upper end (percentiles).
+
+  Raises:
+    ValueError: where shapes do not fit, or a task has nothing that counts.
+
+  Examples:
+    >>> hits = np.arange(100) < 30
+    >>> value, low, high = bootstrap([hits[None]])
+    >>> value, round(low, 2), round(high, 2)
+    (0.3, 0.21, 0.39)
+
+  References:
+    Efron and Tibshirani, `An Introduction to the Bootstrap
+    <https://doi.org/10.1201/9780429246593>`_, 1993; images and runs are drawn
+    as in Owen, `The pigeonhole bootstrap
+    <https://doi.org/10.1214/07-AOAS122>`_, 2007
+  """
+  arrays = [np.asarray(h, dtype=np.float32) for h in hits]
+  runs = len(arrays[0]) if arrays else 0
+  if not runs or any(h.ndim != 2 or len(h) != runs for h in arrays):
+    raise ValueError(
+      f'hits must be [R, N] a task, got {[list(h.shape) for h in arrays]}'
+    )
+  for name, labels in (('clusters', clusters), ('strata', strata)):
+    if labels is not None and len(labels) != runs:
+      raise ValueError(f'{len(labels)} {name} of {runs} runs')
+  if num < 1:
+    raise ValueError(f'num must be positive, got {num}')
+  rng = np.random.default_rng(seed)
+  drawn = _drawn_runs(
+    rng,
+    list(range(runs) if clusters is None else clusters),
+    [None] * runs if strata is None else list(strata),
+    num,
+  )
+  values, draws = [], []
+  for t, task in enumerate(arrays):
+    counted = np.isfinite(task)
+    if not counted.any():
+      raise ValueError(f'task {t} has nothing that counts')
+    images = _drawn_images(seed, t, task.shape[1], num)
+    filled = np.where(counted, task, 0)
+    total = np.sum((drawn @ filled) * images, axis=1)
+    count = np.sum((drawn @ counted.astype(np.float32)) * images, axis=1)
+    values.append(filled.sum(dtype=float) / counted.sum())
+    draws.append(np.where(count > 0, total / np.maximum(count, 1), np.nan))
+  low, high = np.nanpercentile(np.nanmean(draws, axis=0), [2.5, 97.5])
+  return float(np.mean(values)), float(low), float(high)
+
+
+def _drawn_runs(rng, clusters, strata, num) -> np.ndarray:
+  """Counts how often each run is drawn, `[num, R]`."""
+  out = np.zeros((num, len(clusters)), np.float32)
+  for stratum in dict.fromkeys(strata):
+    inside = [r for r, s in enumerate(strata) if s == stratum]
+    names = list(dict.fromkeys(clusters[r] for r in inside))
+    times = rng.multinomial(len(names), [1 / len(names)] * len(names), num)
+    for i, name in enumerate(names):
+      own = [r for r in inside if clusters[r] == name]
+      shares = [1 / len(own)] * len(own)
+      out[:, own] = rng.multinomial(times[:, i] * len(own), shares)
+  return out
+
+
+@functools.lru_cache(maxsize=16)
+def _drawn_images(seed: int, task: int, size: int, num: int) -> np.ndarray:
+  """Counts how often each image of a task is drawn, `[num, size]`."""
+  rng = np.random.default_rng((seed, task))
+  out = np.empty((num, size), np.int16)
+  for row in out:
+    row[:] = np.bincount(rng.integers(size, size=size), minlength=size)
+  return out
+
+
+def paired_bootstrap(
+  hits: Sequence[np.ndarray],
+  baseline: Sequence[np.ndarray],
+  **options: Any,
+) -> tuple[float, float, float]:
+  """Returns how much better or worse than a baseline, on the same draws.
+
+  Args:
+    hits: `[R, N]` a task, see `bootstrap`.
+    baseline: the same of another method, on the same images and runs.
+    **options: of `bootstrap`.
+
+  Returns:
+    The mean of `hits - baseline`, lower and upper end of its 95 % interval.
+
+  Raises:
+    ValueError: where shapes do not fit.
+
+  Examples:
+    >>> plain = np.arange(100) < 90
+    >>> better = np.arange(100) < 30
+    >>> [round(x, 2) for x in paired_bootstrap([better[None]], [plain[None]])]
+    [-0.6, -0.69, -0.5]
+
+  References:
+    Efron and Tibshirani, `An Introduction to the Bootstrap
+    <https://doi.org/10.1201/9780429246593>`_, 1993
+  """
+  shapes = [[np.shape(x) for x in side] for side in (hits, baseline)]
+  if shapes[0] != shapes[1]:
+    raise ValueError(f'hits are {shapes[0]}, those of the baseline {shapes[1]}')
+  pairs = zip(hits, baseline, strict=True)
+  return bootstrap(
+    [np.asarray(a, float) - np.asarray(b, float) for a, b in pairs], **options
+  )
+
+
 def predictor(
   task_logits_fn: TaskLogitsFn,
   *,
@@ -302,6 +441,30 @@ def predictor(
     return np.concatenate(out)[: len(images)]
 
   return predict
+
+
+def roc_auc(positive: Sequence[float], negative: Sequence[float]) -> float:
+  """Area under the ROC curve: how often a score tells two kinds apart.
+
+  Args:
+    positive: scores of what should score high.
+    negative: scores of what should score low.
+
+  Returns:
+    The share of all pairs in which the positive one scores higher; a tie is
+    half a pair.
+
+  Raises:
+    ValueError: where there is none of one kind.
+
+  Examples:
+    >>> roc_auc([3, 1], [0, 1])
+    0.875
+  """
+  if not len(positive) or not len(negative):
+    raise ValueError('a ROC curve needs scores of both kinds')
+  test = stats.mannwhitneyu(positive, negative)
+  return float(test.statistic) / (len(positive) * len(negative))
 
 
 def worst(rates: Mapping[str, Rate], *, largest: bool) -> Rate:

@@ -138,3 +138,80 @@ def test_predictor_refuses_what_is_not_images(images):
 def test_predictor_needs_a_batch():
   with pytest.raises(ValueError, match='batch must be positive, got 0'):
     evaluate.predictor(lambda p, t, x: x, batch=0)
+
+
+def test_bootstrap_agrees_with_the_binomial_and_with_scipy():
+  hits = np.arange(400) < 80
+  value, low, high = evaluate.bootstrap([hits[None]])
+  half = 1.96 * np.sqrt(0.2 * 0.8 / 400)
+  assert value == pytest.approx(0.2)
+  np.testing.assert_allclose([low, high], [0.2 - half, 0.2 + half], atol=0.004)
+  theirs = stats.bootstrap(
+    (hits,), np.mean, method='percentile', rng=np.random.default_rng(0)
+  ).confidence_interval
+  np.testing.assert_allclose([low, high], theirs, atol=0.005)
+
+
+def test_bootstrap_covers_the_share_over_new_seeds_and_images():
+  rng = np.random.default_rng(0)
+  covered, narrow = 0, 0
+  for trial in range(100):
+    rates = np.clip(0.5 + 0.1 * rng.standard_normal(12), 0, 1)
+    hits = rng.random((12, 60)) < rates[:, None]
+    _, low, high = evaluate.bootstrap([hits], seed=trial, num=300)
+    covered += low <= 0.5 <= high
+    # As if all runs were one: seeds are not covered.
+    _, low, high = evaluate.bootstrap([hits.reshape(1, -1)], num=300)
+    narrow += low <= 0.5 <= high
+  assert covered >= 89
+  assert narrow < covered
+
+
+def test_bootstrap_draws_clusters_whole_and_strata_apart():
+  # Two uploads with three equal merges each: six runs are worth two.
+  hits = np.repeat([[0.0], [1.0]], 3, axis=0) * np.ones(50)
+  uploads = [0, 0, 0, 1, 1, 1]
+  assert evaluate.bootstrap([hits], clusters=uploads) == (0.5, 0.0, 1.0)
+  _, low, high = evaluate.bootstrap([hits])
+  assert 0 < low < high < 1
+  _, low, high = evaluate.bootstrap([hits], clusters=uploads, strata=uploads)
+  assert (low, high) == (0.5, 0.5)
+
+
+def test_bootstrap_gives_tasks_the_same_weight_and_leaves_out_nan():
+  many, few = np.ones((1, 90)), np.zeros((1, 10))
+  assert evaluate.bootstrap([many, few])[0] == 0.5
+  half = np.where(np.arange(90) < 45, 1, np.nan)[None]
+  assert evaluate.bootstrap([half]) == (1.0, 1.0, 1.0)
+  with pytest.raises(ValueError, match='task 1 has nothing that counts'):
+    evaluate.bootstrap([many, few * np.nan])
+
+
+def test_paired_bootstrap_is_narrower_on_hits_that_agree():
+  plain = np.arange(400) % 10 < 5
+  better = plain | (np.arange(400) < 20)
+  value, low, high = evaluate.paired_bootstrap([better[None]], [plain[None]])
+  assert value == pytest.approx(10 / 400)
+  assert 0 < low < high
+  apart = evaluate.difference(evaluate.rate(better), evaluate.rate(plain))
+  assert high - low < 0.3 * (apart[2] - apart[1])
+  same = evaluate.paired_bootstrap([plain[None]], [plain[None]])
+  assert same == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+  ('hits', 'options', 'match'),
+  [
+    ([], {}, r'\[R, N\]'),
+    ([np.ones(3)], {}, r'\[R, N\]'),
+    ([np.ones((2, 3)), np.ones((1, 3))], {}, r'\[R, N\]'),
+    ([np.ones((2, 3))], {'clusters': [0]}, '1 clusters of 2 runs'),
+    ([np.ones((2, 3))], {'num': 0}, 'num must be positive, got 0'),
+  ],
+)
+def test_bootstrap_refuses_what_does_not_fit(hits, options, match):
+  with pytest.raises(ValueError, match=match):
+    evaluate.bootstrap(hits, **options)
+  if hits and hits[0].ndim == 2:
+    with pytest.raises(ValueError, match='those of the baseline'):
+      evaluate.paired_bootstrap(hits, hits[1:])
