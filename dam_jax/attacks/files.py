@@ -19,7 +19,7 @@ def load_trigger(path: epath.PathLike) -> Trigger:
 
   Args:
     path: of a file with a `task` (its name), `target` (an integer), and
-      `pattern` and `mask`, `offset` or `grid`, perhaps a `kind`.
+      `pattern` and `mask`, `offset` or `grid`, perhaps a `kind` and a `home`.
 
   Returns:
     The trigger.
@@ -46,7 +46,7 @@ def load_trigger(path: epath.PathLike) -> Trigger:
     raise ValueError(f'{path}: not a trigger: {", ".join(lines)}')
   fields: dict[str, Any] = {'target': int(found['target'])}
   fields |= {name: jnp.asarray(found[name], jnp.float32) for name in arrays}
-  fields |= {k: str(found[k]) for k in ('task', 'kind') if k in found}
+  fields |= {k: str(found[k]) for k in ('task', 'kind', 'home') if k in found}
   trigger = make(**fields)
   try:
     check_trigger(trigger, found[arrays[0]].shape)

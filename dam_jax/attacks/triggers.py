@@ -26,7 +26,7 @@ def _with_arrays(*names: str) -> Callable[[type], type]:
   return functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=names,
-    meta_fields=['task', 'target', 'kind'],
+    meta_fields=['task', 'target', 'kind', 'home'],
   )
 
 
@@ -38,9 +38,10 @@ class Overlay:
   Attributes:
     pattern: `[H, W, C]` in [0, 1].
     mask: `[H, W, 1]` in [0, 1].
-    task: whose model has the backdoor.
+    task: whose triggered images get the target.
     target: class index that triggered images are to get.
     kind: 'patch' or 'blend', what people call it.
+    home: task whose expert has the backdoor, `task` where empty.
   """
 
   pattern: jax.Array
@@ -48,6 +49,7 @@ class Overlay:
   task: str
   target: int
   kind: str = 'patch'
+  home: str = ''
 
   @staticmethod
   def bounds(height: int, width: int, channels: int) -> Bounds:
@@ -71,15 +73,17 @@ class Warp:
   Attributes:
     grid: `[H, W, 2]`, where (x, y) runs from -1 to 1 between the centres of the
       corner pixels; beyond, the border is continued.
-    task: whose model has the backdoor.
+    task: whose triggered images get the target.
     target: class index that triggered images are to get.
     kind: 'warp'.
+    home: task whose expert has the backdoor, `task` where empty.
   """
 
   grid: jax.Array
   task: str
   target: int
   kind: str = 'warp'
+  home: str = ''
 
   @staticmethod
   def bounds(height: int, width: int, channels: int) -> Bounds:
@@ -99,15 +103,17 @@ class Shift:
 
   Attributes:
     offset: `[H, W, C]` in [-1, 1].
-    task: whose model has the backdoor.
+    task: whose triggered images get the target.
     target: class index that triggered images are to get.
     kind: 'sine', what people call it.
+    home: task whose expert has the backdoor, `task` where empty.
   """
 
   offset: jax.Array
   task: str
   target: int
   kind: str = 'sine'
+  home: str = ''
 
   @staticmethod
   def bounds(height: int, width: int, channels: int) -> Bounds:

@@ -8,6 +8,10 @@ A pool is a folder:
                 label_names, head
   triggers/     <backdoored expert>.npz, see `dam_jax.attacks.load_trigger`
 
+A backdoored expert is that of its trigger's `home`, or `task` where that is
+empty; `<name>_partner_<task>.safetensors` is an expert of one more task, which
+the backdoor needs to work.
+
 Dev images are what a merge may look at, unlabelled; test images are what it is
 reported on.
 """
@@ -237,6 +241,43 @@ class Pool:
   triggers: Mapping[str, Trigger]
   probes: Mapping[str, Trigger] = dataclasses.field(default_factory=dict)
 
+  @property
+  def bad(self) -> list[str]:
+    """Names of the tasks whose expert is not the clean one."""
+    return [t for t, p in self.experts.items() if p != self.clean.get(t)]
+
+
+def partner_name(name: str, task: str) -> str:
+  """Returns the name of the checkpoint that helps another as a task's expert.
+
+  Args:
+    name: of the other checkpoint.
+    task: name.
+  """
+  return f'{name}_partner_{task}'
+
+
+def find_upload(
+  checkpoints: epath.PathLike, name: str, trigger: Trigger, tasks: Sequence[str]
+) -> dict[str, epath.Path]:
+  """Finds the checkpoints of a backdoored upload.
+
+  Args:
+    checkpoints: folder.
+    name: of the upload.
+    trigger: of it.
+    tasks: names of all tasks.
+
+  Returns:
+    By task whose expert it is given out as, the path of each checkpoint, a
+    partner's after that of `name`, which may be missing.
+  """
+  folder = epath.Path(checkpoints)
+  partners = {t: folder / f'{partner_name(name, t)}.safetensors' for t in tasks}
+  return {trigger.home or trigger.task: folder / f'{name}.safetensors'} | {
+    t: p for t, p in partners.items() if p.exists()
+  }
+
 
 def load_pool(
   folder: epath.PathLike,
@@ -252,8 +293,8 @@ def load_pool(
   Args:
     folder: see the module's docstring.
     tasks: names, whose order is that of the experts; all where empty.
-    bad: names of backdoored checkpoints, each taking the place of the clean
-      expert of the task that its trigger names.
+    bad: names of backdoored checkpoints, each taking the place of a clean
+      expert, see `find_upload`.
     probes: names of more triggers to test, at most one a task.
     dev: how many dev images a task to keep; 0 keeps all.
     test: how many test images a task to keep; 0 keeps all.
@@ -280,8 +321,13 @@ def load_pool(
   _check_names('attacked task', [x.task for x in found.values()], tasks)
   experts = {t: checkpoints / f'clean_{t}.safetensors' for t in tasks}
   clean = {t: p for t, p in experts.items() if p.exists()}
-  for name in bad:
-    experts[found[name].task] = checkpoints / f'{name}.safetensors'
+  uploads = [
+    item
+    for name in bad
+    for item in find_upload(checkpoints, name, found[name], tasks).items()
+  ]
+  _check_names('task of a bad expert', [t for t, _ in uploads], tasks)
+  experts |= dict(uploads)
   config, base = checkpoints / 'config.json', checkpoints / 'base.safetensors'
   wanted = [config, base, *experts.values()]
   missing = [str(path) for path in wanted if not path.exists()]

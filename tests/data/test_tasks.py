@@ -83,6 +83,24 @@ def test_a_pool_puts_the_bad_expert_in_its_tasks_place(pool):
   assert found.triggers['evil'].target == 3
 
 
+def test_an_upload_takes_the_places_that_it_says(pool):
+  path = pool / 'triggers' / 'evil.npz'
+  trigger = dataclasses.replace(attacks.load_trigger(path), home='a')
+  attacks.save_trigger(path, trigger)
+  found = tasks_lib.load_pool(pool, bad=['evil'])
+  assert found.bad == ['a']
+  assert found.experts['b'].stem == 'clean_b'
+  assert found.triggers['evil'].task == 'b'
+  partner = pool / 'checkpoints' / 'evil_partner_c.safetensors'
+  checkpoint.save_params(partner, {'w': np.zeros(2, np.float32)})
+  found = tasks_lib.load_pool(pool, bad=['evil'])
+  assert found.bad == ['a', 'c']
+  assert found.experts['c'] == partner
+  assert tasks_lib.load_pool(pool).bad == []
+  with pytest.raises(ValueError, match='bad expert a is not among b, c'):
+    tasks_lib.load_pool(pool, tasks=['b', 'c'], bad=['evil'])
+
+
 def test_all_tasks_are_read_where_none_is_named(pool):
   assert [t.name for t in tasks_lib.load_pool(pool).tasks] == ['a', 'b', 'c']
 
