@@ -7,7 +7,8 @@ comparison gives one of them more than it says.
 
   >>> import jax.numpy as jnp
   >>> wag = Defence(NoData, lambda params, apply_fn, data: params)
-  >>> wag({}, None, Labelled(jnp.zeros((1, 2, 4, 4, 3)), jnp.zeros((1, 2), int)))
+  >>> images, labels = jnp.zeros((1, 2, 4, 4, 3)), jnp.zeros((1, 2), int)
+  >>> wag({}, None, Labelled(images, labels))
   Traceback (most recent call last):
   ...
   ValueError: this defence reads NoData, got Labelled
