@@ -1,0 +1,281 @@
+"""Which upload to distrust: triggers inverted on each expert alone.
+
+A backdoored expert calls any image its target once a small trigger is on it.
+So a trigger is searched for every class, and an expert is suspicious where one
+class is reached far more easily than the others. The images are clean and
+unlabelled.
+
+  >>> import jax
+  >>> import jax.numpy as jnp
+  >>> def logits_fn(params, task, images):  # a bright corner means class 2
+  ...   corner = images[:, 0, 0].mean(-1)
+  ...   return params * jnp.stack([0 * corner, 0 * corner, corner - 0.5], -1)
+  >>> inverter = Inverter(
+  ...   task_logits_fn=logits_fn, image_shape=(4, 4, 3), area=1.0)
+  >>> images = jnp.full((8, 4, 4, 3), 0.2)
+  >>> params = jnp.float32(20.0)
+  >>> found = inverter.search(jax.random.key(0), params, 0, images, 3)
+  >>> found.classes[0].item(), found.success[0].item()
+  (2, 1.0)
+  >>> found.suspicion > 1
+  True
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dam_jax import losses
+from dam_jax.perturbations import SoftPatch
+from dam_jax.typing import TaskLogitsFn
+
+
+class Inversions(NamedTuple):
+  """Triggers found on one model, the best class first.
+
+  Attributes:
+    classes: `[C]` that each leads to.
+    patches: leaves `[C, H, W, ...]`.
+    log_prob: `[C]` mean log-probability of the class on images with the patch
+      that are not of the class without.
+    success: `[C]` share of these that get the class.
+    area: `[C]` pixels that the patch covers.
+  """
+
+  classes: np.ndarray
+  patches: SoftPatch
+  log_prob: np.ndarray
+  success: np.ndarray
+  area: np.ndarray
+
+  @property
+  def suspicion(self) -> float:
+    """How far the best class stands out: `log(loss_2 / loss_1)`, at least 0.
+
+    The losses are the mean cross-entropies to the best and to the second class.
+    A model without a backdoor is led to several classes about as well; 0 is of
+    a model with one class only.
+    """
+    if len(self.log_prob) < 2:
+      return 0.0
+    # Below a thousandth of a nat the difference is the optimiser's.
+    first, second = np.maximum(-self.log_prob[:2], 1e-3)
+    return float(np.log(second / first))
+
+
+def apply_patch(patch: SoftPatch, images: jax.Array) -> jax.Array:
+  """Puts one patch `[H, W, ...]` on images `[N, H, W, C]` in [0, 1]."""
+  opacity, pattern = patch.opacity()[None], patch.pattern()[None]
+  return (1 - opacity) * images + opacity * pattern
+
+
+def _rows(tree: Any, at: Any) -> Any:
+  return jax.tree.map(lambda x: x[at], tree)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Inverter:
+  """A search for triggers, one a class, which is compiled once.
+
+  It descends the cross-entropy to the class over soft patches, plus
+  `price * relu(covered / area - 1)`, on images that it draws.
+
+  Attributes:
+    task_logits_fn: `(params, task, images [N, H, W, C] in [0, 1]) -> [N, L]`.
+    image_shape: `(H, W, C)`.
+    area: in pixels, what a patch may cover for free.
+    price: of covering twice as much, in nats.
+    tx: descends.
+    batch: images a class and step.
+    first: tens of steps for every class.
+    last: tens of steps more for those that came furthest.
+    keep: how many of these, at most.
+    chunk: classes to a forward pass.
+
+  Raises:
+    ValueError: where a number makes no sense.
+
+  References:
+    Wang et al., `Neural Cleanse: Identifying and Mitigating Backdoor Attacks in
+    Neural Networks <https://doi.org/10.1109/SP.2019.00031>`_, 2019; that most
+    classes are given up early is of Shen et al., `Backdoor Scanning for Deep
+    Neural Networks through K-Arm Optimization
+    <https://arxiv.org/abs/2102.05123>`_, 2021
+  """
+
+  task_logits_fn: TaskLogitsFn
+  image_shape: tuple[int, int, int]
+  area: float
+  price: float = 2.0
+  tx: optax.GradientTransformation = optax.adam(0.2)
+  batch: int = 6
+  first: int = 1
+  last: int = 4
+  keep: int = 8
+  chunk: int = 4
+
+  def __post_init__(self):
+    self._check_areas([self.area])
+    counts = {
+      name: getattr(self, name)
+      for name in ('batch', 'first', 'last', 'keep', 'chunk')
+    }
+    if min(counts.values()) < 1:
+      raise ValueError(f'these must be positive: {counts}')
+
+  def _check_areas(self, areas):
+    pixels = self.image_shape[0] * self.image_shape[1]
+    if not all(0 < area <= pixels for area in areas):
+      raise ValueError(f'an area must be in (0, {pixels}], got {[*areas]}')
+
+  def search(
+    self,
+    key: jax.Array,
+    params: Any,
+    task: Any,
+    images: jax.Array,
+    num_classes: int,
+  ) -> Inversions:
+    """Searches a trigger for every class.
+
+    Args:
+      key: of the first patches and of the draws.
+      params: of the model.
+      task: index.
+      images: `[N, H, W, C]` in [0, 1].
+      num_classes: `L`.
+
+    Returns:
+      Those of the classes kept.
+    """
+    begin, first_key, last_key = jax.random.split(key, 3)
+    run = functools.partial(self._run, params=params, task=task)
+    own = np.arange(num_classes)
+    carry, (first, *_) = run(
+      first_key,
+      images=images,
+      judged=images[:16],  # enough to find those that are far behind
+      own=own,
+      areas=np.full(num_classes, self.area, np.float32),
+      carry=self._init(begin, num_classes),
+      num=self.first,
+    )
+    kept = np.argsort(-first, kind='stable')[: self.keep]
+    carry, rates = run(
+      last_key,
+      images=images,
+      judged=images,
+      own=kept,
+      areas=np.full(len(kept), self.area, np.float32),
+      carry=_rows(carry, kept),
+      num=self.last,
+    )
+    order = np.argsort(-rates[0], kind='stable')
+    patches, rates = _rows((carry[0], rates), order)
+    return Inversions(kept[order], patches, *rates)
+
+  def invert(
+    self,
+    key: jax.Array,
+    params: Any,
+    task: Any,
+    images: jax.Array,
+    classes: Sequence[int],
+    areas: Sequence[float],
+  ) -> Inversions:
+    """Searches triggers for given classes, each of its own area.
+
+    Args:
+      key: of the first patches and of the draws.
+      params: of the model.
+      task: index.
+      images: `[N, H, W, C]` in [0, 1].
+      classes: `C` indices, which may repeat.
+      areas: `C`, in pixels.
+
+    Returns:
+      All of them, in the order given.
+
+    Raises:
+      ValueError: where an area makes no sense.
+    """
+    self._check_areas(areas)
+    begin, key = jax.random.split(key)
+    own = np.asarray(classes)
+    (patches, _), rates = self._run(
+      key,
+      params=params,
+      task=task,
+      images=images,
+      judged=images,
+      own=own,
+      areas=np.asarray(areas, np.float32),
+      carry=self._init(begin, len(own)),
+      num=self.first + self.last,
+    )
+    return Inversions(own, patches, *rates)
+
+  def _init(self, key, num):
+    place, colour = jax.random.split(key)
+    lead = (num, *self.image_shape[:2])
+    patches = SoftPatch(
+      -3 + 0.1 * jax.random.normal(place, (*lead, 1)),
+      jax.random.normal(colour, (*lead, self.image_shape[2])),
+    )
+    return patches, jax.vmap(self.tx.init)(patches)
+
+  def _run(self, key, *, params, task, images, judged, own, areas, carry, num):
+    """Takes some tens of steps, and judges what came of them."""
+    found = []
+    for begin in range(0, len(own), self.chunk):
+      # The last chunk is filled up, so that one program serves all.
+      at = np.minimum(np.arange(begin, begin + self.chunk), len(own) - 1)
+      part, goal = _rows(carry, at), (own[at], areas[at])
+      for i in range(num):
+        own_key = jax.random.fold_in(key, i)
+        part = self._descend(own_key, params, task, images, goal, part)
+      rates = self._judge(params, task, judged, own[at], part[0])
+      found.append(_rows((part, rates), slice(len(own) - begin)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *found)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _descend(self, key, params, task, images, goal, carry):
+    def loss_fn(patch, images, target, area):
+      logits = self.task_logits_fn(params, task, apply_patch(patch, images))
+      each = losses.cross_entropy(logits, jnp.full(len(images), target))
+      over = jax.nn.relu(jnp.sum(patch.opacity()) / area - 1)
+      return jnp.mean(each) + self.price * over
+
+    def step(carry, key):
+      patches, states = carry
+      x = images[jax.random.randint(key, (self.batch,), 0, len(images))]
+      grads = jax.vmap(jax.grad(loss_fn), (0, None, 0, 0))(patches, x, *goal)
+      updates, states = jax.vmap(self.tx.update)(grads, states)
+      return (optax.apply_updates(patches, updates), states), None
+
+    carry, _ = jax.lax.scan(step, carry, jax.random.split(key, 10))
+    return carry
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _judge(self, params, task, images, own, patches):
+    clean = jnp.argmax(self.task_logits_fn(params, task, images), axis=-1)
+
+    def one(args):
+      patch, target = args
+      logits = self.task_logits_fn(params, task, apply_patch(patch, images))
+      others = (clean != target).astype(logits.dtype)
+      log_prob = jax.nn.log_softmax(logits)[:, target]
+      hit = (jnp.argmax(logits, axis=-1) == target).astype(logits.dtype)
+      count = jnp.maximum(jnp.sum(others), 1)
+      found = jnp.sum(others * log_prob) / count
+      # Of a class that all images show already there is nothing to say.
+      found = jnp.where(jnp.any(clean != target), found, -jnp.inf)
+      return found, jnp.sum(others * hit) / count, jnp.sum(patch.opacity())
+
+    return jax.lax.map(one, (patches, own))
