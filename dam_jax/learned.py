@@ -26,6 +26,7 @@ from dam_jax.meta import identity
 from dam_jax.meta import meta_merger
 from dam_jax.meta_spec import Coefficients
 from dam_jax.meta_spec import MetaSpec
+from dam_jax.perturbations import SoftPatch
 from dam_jax.typing import LogitsFn, PreprocessFn, TaskLogitsFn
 
 
@@ -348,6 +349,7 @@ def dam_robust(
   ascents: int = 4,
   restarts: int = 4,
   warmup_ascents: int = 100,
+  seeds: SoftPatch | None = None,
   safety_weight: float = 1.0,
   steps: int = 300,
   preprocess_fn: PreprocessFn = identity,
@@ -379,6 +381,8 @@ def dam_robust(
     restarts: patches a task, which take turns to ascend; the images of a step
       of the masks are dealt to all.
     warmup_ascents: steps of each patch before the first step of the masks.
+    seeds: more patches, leaves `[seeds, T, H, W, ...]`, which stay as they are:
+      triggers that `dam_jax.audit` inverted on each expert alone.
     safety_weight: of the loss on images with patches.
     steps: of the masks.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
@@ -410,6 +414,7 @@ def dam_robust(
       tx=adversary_tx,
       ascents=ascents,
       restarts=restarts,
+      seeds=seeds,
     ),
     clean_loss='reference',
     safety_loss='reference',

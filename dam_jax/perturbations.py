@@ -35,6 +35,8 @@ class Adversary(NamedTuple):
     restarts: number of independent perturbations, to which the images of a
       step of the masks are dealt. They ascend together before the first such
       step, and take turns from then on.
+    seeds: perturbations that never move, leaves `[seeds, T, ...]`, to which
+      images are dealt as well; None has none.
   """
 
   init: Callable[[jax.Array, int], Any]
@@ -45,6 +47,7 @@ class Adversary(NamedTuple):
   ascents: int = 1
   cap: float = float('inf')
   restarts: int = 1
+  seeds: Any = None
 
   def turns(self, count: jax.Array, *, warm: bool) -> jax.Array:
     """Returns which restarts ascend in a step, `[R]`.
@@ -104,7 +107,7 @@ class Adversary(NamedTuple):
     return params, states, found
 
   def deal(self, params: Any, images: jax.Array, count: jax.Array) -> jax.Array:
-    """Perturbs each image of a batch with one of the restarts.
+    """Perturbs each image of a batch with one of the restarts or seeds.
 
     Args:
       params: of all restarts, leaves `[restarts, T, ...]`.
@@ -114,8 +117,12 @@ class Adversary(NamedTuple):
     Returns:
       `[T, B, H, W, C]`, what the model reads.
     """
-    num = images.shape[1]
-    hands = (count * num + jnp.arange(num, dtype=count.dtype)) % self.restarts
+    if self.seeds is not None:
+      params = jax.tree.map(
+        lambda moved, fixed: jnp.concatenate([moved, fixed]), params, self.seeds
+      )
+    num, all_hands = images.shape[1], len(jax.tree.leaves(params)[0])
+    hands = (count * num + jnp.arange(num, dtype=count.dtype)) % all_hands
 
     def perturb(hand, image):
       own = jax.tree.map(lambda x: x[hand], params)
@@ -217,6 +224,7 @@ def soft_patch(
   ascents: int = 4,
   restarts: int = 2,
   cap: float = 20.0,
+  seeds: SoftPatch | None = None,
 ) -> Adversary:
   """Soft patches, `x' = (1 - s(a)) x + s(a) s(b)` with the sigmoid `s`.
 
@@ -232,6 +240,7 @@ def soft_patch(
     ascents: steps of it before each step of the masks.
     restarts: independent patches a task.
     cap: on the cross-entropy that is worth ascending, in nats.
+    seeds: patches that never move, leaves `[seeds, T, H, W, ...]`.
 
   Returns:
     The adversary; its parameters are a `SoftPatch`.
@@ -263,6 +272,22 @@ def soft_patch(
     covered = jnp.sum(params.opacity(), axis=(-3, -2, -1))
     return price * jnp.sum(jax.nn.relu(covered / area - 1))
 
+  if seeds is not None:
+    found = [x.shape[-3:] for x in seeds]
+    want = [(*image_shape[:2], 1), image_shape]
+    if found != want or seeds.mask_logits.ndim != 5:
+      raise ValueError(
+        f'seeds must be [seeds, T, ...] of images {want}, got '
+        f'{[x.shape for x in seeds]}'
+      )
   return Adversary(
-    init_fn, perturb_fn, price_fn, lambda p: p, tx, ascents, cap, restarts
+    init_fn,
+    perturb_fn,
+    price_fn,
+    lambda p: p,
+    tx,
+    ascents,
+    cap,
+    restarts,
+    seeds,
   )

@@ -185,6 +185,19 @@ def test_images_are_dealt_to_the_restarts():
       np.testing.assert_allclose(got[:, i], want, rtol=1e-6)
 
 
+def test_images_are_dealt_to_seeds_too_which_never_move():
+  _, given = some_patches(restarts=3)
+  seeds = jax.tree.map(lambda x: x[1:], given)
+  adversary, params = some_patches(restarts=1, seeds=seeds)
+  assert params.mask_logits.shape[0] == 1
+  images = jnp.asarray(make_images())
+  got = adversary.deal(params, images, jnp.int32(0))
+  for i, own in enumerate((params, seeds, seeds)):
+    own = jax.tree.map(lambda x, i=i: x[max(0, i - 1)], own)
+    want = adversary.perturb(own, images, True)[:, i]
+    np.testing.assert_allclose(got[:, i], want, rtol=1e-6)
+
+
 def test_restarts_ascend_on_their_own():
   adversary, params = some_patches(restarts=3)
   states = jax.vmap(adversary.tx.init)(params)
@@ -223,6 +236,11 @@ def test_restarts_ascend_on_their_own():
     (perturbations.soft_patch, {'area': 21.0}, 'area.*got 21.0'),
     (perturbations.soft_patch, {'restarts': 0}, 'positive, got 4 and 0'),
     (perturbations.soft_patch, {'image_shape': (0, 5, 3)}, r'got \(0, 5, 3\)'),
+    (
+      perturbations.soft_patch,
+      {'seeds': perturbations.SoftPatch(jnp.zeros((2, 5, 1)), jnp.zeros(3))},
+      r'seeds must be .* got \[\(2, 5, 1\), \(3,\)\]',
+    ),
   ],
 )
 def test_bad_adversaries_are_named(make, options, message):
