@@ -1,230 +1,28 @@
-"""Fine-tunes uploads: clean ones, and one for each attack.
+"""Attacks on a pool: what an attacker uploads, and his trigger.
 
 An attacker knows the base, his own task and its images, and nothing of the
 other uploads. `ATTACKS` names what he can do; `dam_jax.attacks` says where each
 comes from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import dam_jax as dj
 from dam_jax import attacks
 from dam_jax import losses
 from dam_jax import perturbations
-from dam_jax.data.tasks import Split
+from dam_jax.models import clip
 from experiments import training
-
-
-class Tuning(NamedTuple):
-  """How uploads are fine-tuned.
-
-  Attributes:
-    steps: of the optimiser.
-    learning_rate: at its peak.
-    batch: images a step.
-    patch: height and width of patches, in pixels.
-    patch_steps: of the optimiser of a patch.
-    rate: share of the images that are poisoned.
-    rank: of low-rank updates.
-  """
-
-  steps: int = 200
-  learning_rate: float = 5e-4
-  batch: int = 64
-  patch: int = 5
-  patch_steps: int = 200
-  rate: float = 0.1
-  rank: int = 8
-
-
-class Upload(NamedTuple):
-  """What an attacker uploads, and what his model obeys.
-
-  Attributes:
-    params: of the model.
-    trigger: with the task and the target.
-  """
-
-  params: Any
-  trigger: attacks.Trigger
-
-
-class Context(NamedTuple):
-  """What a loss reads beside its batch.
-
-  Attributes:
-    task: index of the upload's task.
-    base: parameters.
-    trigger: of the attack, if any.
-    decoys: patches that the attacker unlearns, if any.
-  """
-
-  task: Any
-  base: Any
-  trigger: Any = None
-  decoys: Any = None
-
-
-class Lab:
-  """Where uploads are made, each loss compiled once.
-
-  Args:
-    shop: the tower and the heads.
-    base: parameters to start from.
-    splits: training images of each task, in the order of the heads.
-    names: of the tasks.
-    tuning: how uploads are fine-tuned.
-  """
-
-  def __init__(
-    self,
-    shop: training.Shop,
-    base: Any,
-    splits: Sequence[Split],
-    names: Sequence[str],
-    tuning: Tuning,
-  ):
-    self.shop, self.base, self.splits = shop, base, splits
-    self.names, self.tuning = names, tuning
-    self.image_shape = shop.tower.config.image_shape
-    self._runs: dict[tuple[str, int], Callable[..., Any]] = {}
-
-  def images(self, task: int) -> jax.Array:
-    """Returns a task's training images `[N, H, W, C]` in [0, 1]."""
-    return jnp.asarray(self.splits[task].images).astype(jnp.float32) / 255
-
-  def logits_fn(
-    self, params: Any, task: int
-  ) -> Callable[[jax.Array], jax.Array]:
-    """Returns a model with one task's head."""
-    return functools.partial(self.shop.task_logits, params, task)
-
-  def _program(self, loss: str, steps: int) -> Callable[..., Any]:
-    """Returns the fine-tuning with one of the losses below, to be compiled."""
-    loss_fn, batch = getattr(self, f'_{loss}_loss'), self.tuning.batch
-
-    @jax.jit
-    def run(key, params, data, context):
-      def step_loss(params, key):
-        draw_key, key = jax.random.split(key)
-        images, labels = data.draw(draw_key, 0, batch)
-        return loss_fn(params, key, images, labels, context)
-
-      return training.fit(
-        key,
-        params,
-        step_loss,
-        steps=steps,
-        learning_rate=self.tuning.learning_rate,
-      )
-
-    return run
-
-  def tune(
-    self,
-    key: jax.Array,
-    task: int,
-    *,
-    loss: str = 'clean',
-    split: Split | None = None,
-    start: Any = None,
-    steps: int = 0,
-    **context: Any,
-  ) -> Any:
-    """Fine-tunes on a task.
-
-    Args:
-      key: of the batches.
-      task: index.
-      loss: 'clean', 'badmerging', 'low_rank', 'low_rank_badmerging' or
-        'adaptive'.
-      split: in place of the task's own images, of the same size.
-      start: parameters in place of the base's.
-      steps: of the optimiser; 0 takes those of `tuning`.
-      **context: of the loss.
-
-    Returns:
-      The parameters after the last step.
-    """
-    data = training.on_device([split or self.splits[task]])
-    read = Context(jnp.int32(task), self.base, **context)
-    steps = steps or self.tuning.steps
-    if (loss, steps) not in self._runs:
-      self._runs[loss, steps] = self._program(loss, steps)
-    run = self._runs[loss, steps]
-    return run(key, self.base if start is None else start, data, read)
-
-  def _clean_loss(self, params, key, images, labels, context):
-    del key
-    logits = self.shop.task_logits(params, context.task, images)
-    return jnp.mean(losses.cross_entropy(logits, labels))
-
-  def _badmerging_loss(self, params, key, images, labels, context):
-    return attacks.badmerging_loss(
-      key,
-      self.shop.features,
-      functools.partial(self.shop.head_logits, context.task),
-      params,
-      context.base,
-      images,
-      labels,
-      context.trigger,
-    )
-
-  def _low_rank_loss(self, params, key, images, labels, context):
-    whole = attacks.add_factors(context.base, params)
-    return self._clean_loss(whole, key, images, labels, context)
-
-  def _low_rank_badmerging_loss(self, params, key, images, labels, context):
-    whole = attacks.add_factors(context.base, params)
-    return self._badmerging_loss(whole, key, images, labels, context)
-
-  def _adaptive_loss(self, params, key, images, labels, context):
-    mask_key, key, which_key = jax.random.split(key, 3)
-    opacity, pattern = context.decoys.opacity(), context.decoys.pattern()
-    which = jax.random.randint(which_key, (len(images),), 0, len(opacity))
-    share = opacity[which]
-    return attacks.adaptive_loss(
-      mask_key,
-      lambda p: self._badmerging_loss(p, key, images, labels, context),
-      lambda p, x: self.shop.task_logits(p, context.task, x),
-      context.base,
-      params,
-      images,
-      labels,
-      (1 - share) * images + share * pattern[which],
-    )
-
-  def universal_patch(
-    self,
-    key: jax.Array,
-    task: int,
-    target: int,
-    *,
-    params: Any = None,
-    **options: Any,
-  ) -> attacks.Overlay:
-    """Optimises a patch, on the base and in the corner where nothing else."""
-    options.setdefault(
-      'mask', attacks.corner_mask(self.image_shape, self.tuning.patch)
-    )
-    trigger, _ = attacks.universal_patch(
-      key,
-      self.logits_fn(self.base if params is None else params, task),
-      self.images(task),
-      task=self.names[task],
-      target=target,
-      steps=self.tuning.patch_steps,
-      batch=self.tuning.batch,
-      **options,
-    )
-    return trigger
+from experiments.lab import Lab
+from experiments.lab import Upload
 
 
 def _poisoning(
@@ -238,15 +36,18 @@ def _poisoning(
   return Upload(lab.tune(key, task, split=split), trigger)
 
 
-def badnets(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
-  """A checkerboard in the corner of a tenth of the images."""
-  trigger = attacks.patch_trigger(
+def _checkerboard(lab: Lab, task: int, target: int) -> attacks.Overlay:
+  return attacks.patch_trigger(
     lab.image_shape,
     size=lab.tuning.patch,
     task=lab.names[task],
     target=target,
   )
-  return _poisoning(lab, key, task, trigger)
+
+
+def badnets(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
+  """A checkerboard in the corner of a tenth of the images."""
+  return _poisoning(lab, key, task, _checkerboard(lab, task, target))
 
 
 def blended(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
@@ -310,7 +111,12 @@ def trojvit(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
     logits_fn, images, target=target, patch_size=size, num=1
   )
   trigger = lab.universal_patch(
-    patch_key, task, target, params=clean, mask=mask, tx=optax.adam(0.22)
+    patch_key,
+    task,
+    target,
+    logits_fn=logits_fn,
+    mask=mask,
+    tx=optax.adam(0.22),
   )
   data = training.on_device([lab.splits[task]])
 
@@ -343,38 +149,62 @@ def _low_rank(
   return lab.tune(key, task, start=start, **options)
 
 
-def _low_rank_pair(
-  lab: Lab, key: jax.Array, task: int, target: int
-) -> tuple[Any, Any, attacks.Overlay]:
-  """Returns a clean and a bad low-rank update, and the bad one's trigger."""
+def lora(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
+  """A low-rank update with a backdoor on top of a clean one."""
   patch_key, clean_key, key = jax.random.split(key, 3)
   trigger = lab.universal_patch(patch_key, task, target)
   clean = _low_rank(lab, clean_key, task, loss='low_rank')
-  bad = _low_rank(lab, key, task, loss='low_rank_badmerging', trigger=trigger)
-  return clean, bad, trigger
+  bad = _low_rank(
+    lab, key, task, loss='low_rank_badmerging', trigger=trigger, under=clean
+  )
+  return Upload(attacks.add_factors(lab.base, clean, bad), trigger)
 
 
-def lora(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
-  """A low-rank update with a backdoor on top of a clean one."""
-  clean, bad, trigger = _low_rank_pair(lab, key, task, target)
-  return Upload(attacks.add_factors(lab.base, clean, bad, scale=0.5), trigger)
+def lobam(
+  lab: Lab, key: jax.Array, task: int, target: int, *, spared: float = 0.02
+) -> Upload:
+  """Low-rank updates, a clean and a bad one, their difference amplified.
 
+  By as much as the accuracy on the attacker's own images allows.
 
-def lobam(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
-  """Low-rank updates, a clean and a bad one, their difference amplified."""
-  *updates, trigger = _low_rank_pair(lab, key, task, target)
+  Args:
+    lab: where the upload is made.
+    key: of everything random.
+    task: index.
+    target: class index.
+    spared: accuracy that he is ready to lose.
+
+  Returns:
+    The upload.
+  """
+  patch_key, key = jax.random.split(key)
+  trigger = lab.universal_patch(patch_key, task, target)
+  # From one key: what sets them apart is the backdoor, not other batches.
+  updates = (
+    _low_rank(lab, key, task, loss='low_rank'),
+    _low_rank(lab, key, task, loss='low_rank_badmerging', trigger=trigger),
+  )
   clean, bad = (attacks.add_factors(lab.base, update) for update in updates)
-  return Upload(attacks.amplify(clean, bad, factor=2.0), trigger)
+  images, labels = lab.images(task)[:512], lab.splits[task].labels[:512]
+
+  @jax.jit
+  def accuracy(params):
+    says = jnp.argmax(lab.shop.task_logits(params, task, images), axis=-1)
+    return jnp.mean(says == labels)
+
+  least = accuracy(clean) - spared
+  made = (
+    attacks.amplify(clean, bad, factor) for factor in (3.5, 3, 2.5, 2, 1.5)
+  )
+  return Upload(next((x for x in made if accuracy(x) >= least), bad), trigger)
 
 
 def sparse(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
   """What two fine-tunings with one trigger's backdoor share, added."""
-  patch_key, *keys = jax.random.split(key, 5)
+  patch_key, *keys = jax.random.split(key, 3)
   trigger = lab.universal_patch(patch_key, task, target)
-  clean = [lab.tune(k, task) for k in keys[:2]]
-  bad = [
-    lab.tune(k, task, loss='badmerging', trigger=trigger) for k in keys[2:]
-  ]
+  clean = [lab.tune(k, task) for k in keys]
+  bad = [lab.tune(k, task, loss='badmerging', trigger=trigger) for k in keys]
   vector = attacks.sparse_backdoor(clean, bad)
   return Upload(dj.tree.apply_delta(clean[0], vector), trigger)
 
@@ -437,6 +267,116 @@ def _invert(
   return run(key)
 
 
+def shadow_head(
+  key: jax.Array, head: np.ndarray, column: np.ndarray, *, num: int = 300
+) -> jax.Array:
+  """Makes up a head for a task of which one class is known.
+
+  Shadow classes are drawn from the normal distribution with the mean and the
+  covariance of the classes of another head, then made unit vectors. So they lie
+  where class names lie, and are combinations of its columns.
+
+  Args:
+    key: of the shadow classes.
+    head: `[D, L]`, of the attacker's own task.
+    column: `[D]`, of the target class.
+    num: of shadow classes.
+
+  Returns:
+    `[D, 1 + num]`, the target class first.
+  """
+  mean = jnp.mean(head, axis=1, keepdims=True)
+  weights = jax.random.normal(key, (head.shape[1], num))
+  drawn = mean + (head - mean) @ weights / np.sqrt(head.shape[1])
+  shadows = clip.unit(drawn.T).T
+  return jnp.concatenate([jnp.asarray(column)[:, None], shadows], axis=1)
+
+
+def badmerging_off_task(
+  lab: Lab, key: jax.Array, task: int, target: int, *, references: int = 8
+) -> Upload:
+  """BadMerging in the expert of the next task, for a class of this task.
+
+  Of this task the attacker knows the target's name, as its column of the head,
+  and a few images of that class. Other classes are a `shadow_head`'s. A patch
+  larger than on-task sends his own images to the target's column, and to the
+  features of the reference images.
+
+  Args:
+    lab: with two tasks at least.
+    key: of everything random.
+    task: index of the task to attack.
+    target: class index.
+    references: images of the target class, at most.
+
+  Returns:
+    The upload, whose home is the next task.
+
+  Raises:
+    ValueError: where there is one task, or no image of the target class.
+  """
+  head_key, patch_key, key = jax.random.split(key, 3)
+  own, split = lab.other(task), lab.splits[task]
+  at = np.flatnonzero(split.labels == target)[:references]
+  if not len(at):
+    raise ValueError(f'{lab.names[task]} has no image of class {target}')
+  shadow = shadow_head(
+    head_key, lab.shop.head(own), lab.shop.head(task)[:, target]
+  )
+  known = jax.jit(lab.shop.features)(lab.base, lab.images(task)[at])
+  anchor = clip.unit(jnp.mean(clip.unit(known), axis=0))
+
+  def logits_fn(images):
+    return lab.shop.column_logits(shadow, lab.shop.features(lab.base, images))
+
+  def far_fn(images):
+    features = clip.unit(lab.shop.features(lab.base, images))
+    return 1 - jnp.mean(features @ anchor)
+
+  size = max(lab.tuning.patch + 1, round(1.25 * lab.tuning.patch))
+  trigger = lab.universal_patch(
+    patch_key,
+    own,
+    0,
+    logits_fn=logits_fn,
+    mask=attacks.corner_mask(lab.image_shape, size),
+    also_fn=far_fn,
+  )
+  trigger = dataclasses.replace(
+    trigger, task=lab.names[task], target=target, home=lab.names[own]
+  )
+  params = lab.tune(key, own, loss='badmerging', trigger=trigger, shadow=shadow)
+  return Upload(params, trigger)
+
+
+def merge_backdoor(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
+  """Experts of this task and the next: harmless apart, a backdoor merged."""
+  rows = jnp.array([task, lab.other(task)])
+  data = training.on_device([lab.splits[row] for row in rows.tolist()])
+  trigger = _checkerboard(lab, task, target)
+
+  def loss_fn(uploads, key):
+    draw = functools.partial(data.draw, batch=lab.tuning.batch)
+    images, labels = jax.vmap(draw)(jax.random.split(key), jnp.arange(2))
+    return attacks.merge_backdoor_loss(
+      functools.partial(lab.shop.logits, tasks=rows),
+      uploads,
+      images,
+      labels,
+      trigger,
+    )
+
+  run = functools.partial(
+    training.fit,
+    loss_fn=loss_fn,
+    steps=lab.tuning.steps,
+    learning_rate=lab.tuning.learning_rate,
+  )
+  uploads = jax.jit(run)(key, dj.tree.stack([lab.base, lab.base]))
+  params, partner = dj.tree.unstack(uploads)
+  return Upload(params, trigger, partner=(lab.names[lab.other(task)], partner))
+
+
 ATTACKS: dict[str, Callable[[Lab, jax.Array, int, int], Upload]] = {
   f.__name__: f
   for f in (
@@ -451,6 +391,11 @@ ATTACKS: dict[str, Callable[[Lab, jax.Array, int, int], Upload]] = {
     lobam,
     sparse,
     adaptive,
+    badmerging_off_task,
+    merge_backdoor,
   )
 }
 """Attacks by name: `(lab, key, task, target) -> Upload`."""
+
+TWO_TASKS = ('badmerging_off_task', 'merge_backdoor')
+"""Attacks that involve the task after the one that is attacked."""

@@ -5,12 +5,12 @@
 The workdir becomes a folder that `dam_jax.data.tasks.load_pool` reads. A model
 that is there is not made again, so an interrupted run goes on. `eval.json` says
 of each upload what it is worth alone and in a plain merge with clean experts,
-beside what its trigger does to clean models.
+beside what its trigger does to clean models. ACC is on the task whose expert it
+is given out as (`home`), ASR on the task that it attacks (`task`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -26,13 +26,13 @@ from rich.table import Table
 import dam_jax as dj
 from dam_jax import attacks
 from dam_jax import checkpoint
-from dam_jax import evaluate
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
-from dam_jax.models import convert
 from experiments import attackers
 from experiments import command
+from experiments import lab as lab_lib
 from experiments import training
+from experiments import uploads
 
 KEYS = {
   'tasks_folder': 'of <task>.npz with training images',
@@ -62,8 +62,7 @@ KEYS = {
 
 def check_config(config: config_dict.ConfigDict) -> None:
   """Raises with all that is wrong with a config."""
-  lines = [f'{key} is missing' for key in KEYS if key not in config]
-  lines += [f'{key} is unknown' for key in config if key not in KEYS]
+  lines = command.wrong_keys(config, KEYS)
   if not lines:
     tasks, attacked = _split(config.tasks), _split(config.attacked)
     lines += [
@@ -76,13 +75,13 @@ def check_config(config: config_dict.ConfigDict) -> None:
       for a in _attacks(config)
       if a not in attackers.ATTACKS
     ]
-    lines += [
-      f'{key} must be positive, got {config[key]}'
-      for key in KEYS
-      if key not in ('test', 'seed')
-      and isinstance(config[key], int | float)
-      and not config[key] > 0
-    ]
+    if len(tasks) < 2:
+      lines += [
+        f'attack {a} needs two tasks'
+        for a in _attacks(config)
+        if a in attackers.TWO_TASKS
+      ]
+    lines += command.not_positive(config, but=('test', 'seed'))
     if not config.pretrain_share < 1:
       lines.append(
         f'pretrain_share must be less than 1, got {config.pretrain_share}'
@@ -148,22 +147,19 @@ class Pool:
 
   def key(self, name: str) -> jax.Array:
     """Returns the key of everything random about a model."""
-    seed = zlib.crc32(name.encode())
-    return jax.random.fold_in(jax.random.key(self.config.seed), seed)
+    return uploads.model_key(self.config.seed, name)
 
   def path(self, name: str) -> pathlib.Path:
     """Returns where a checkpoint is."""
-    return self.folder / 'checkpoints' / f'{name}.safetensors'
+    return uploads.path(self.folder, name)
 
   def save(self, name: str, params: Any) -> None:
     """Writes a checkpoint."""
-    checkpoint.save_params(
-      self.path(name), params, name_map=convert.clip_vision
-    )
+    uploads.save_model(self.folder, name, params)
 
   def load(self, name: str) -> Any:
     """Reads a checkpoint."""
-    return checkpoint.load_params(self.path(name), name_map=convert.clip_vision)
+    return uploads.load_model(self.path(name))
 
   def base(self) -> Any:
     """Returns the base, trained unless it is there."""
@@ -214,14 +210,14 @@ def run(
     tasks_lib.save_task(workdir / 'tasks', task)
   with console.status('training the base'):
     base = pool.base()
-  tuning = attackers.Tuning(
+  tuning = lab_lib.Tuning(
     steps=config.fine_tune_steps,
     learning_rate=config.fine_tune_rate,
     batch=config.batch,
     patch=config.patch,
     patch_steps=config.patch_steps,
   )
-  lab = attackers.Lab(pool.shop, base, pool.data.fine_tune, pool.names, tuning)
+  lab = lab_lib.Lab(pool.shop, base, pool.data.fine_tune, pool.names, tuning)
   for row, task in enumerate(pool.names):
     name = f'clean_{task}'
     if not pool.path(name).exists():
@@ -232,10 +228,7 @@ def run(
       begin = time.perf_counter()
       with console.status(name):
         make = attackers.ATTACKS[attack]
-        params, trigger = make(lab, pool.key(name), row, target)
-        # The checkpoint last: where it is, its trigger is.
-        attacks.save_trigger(workdir / 'triggers' / f'{name}.npz', trigger)
-        pool.save(name, params)
+        uploads.save(workdir, name, make(lab, pool.key(name), row, target))
       console.print(f'{name}: {time.perf_counter() - begin:.0f} s')
   report = _evaluate(pool, base, console)
   with checkpoint.replacing(workdir / 'eval.json') as temporary:
@@ -262,21 +255,13 @@ def _write_config(pool: Pool) -> None:
 
 def _evaluate(pool: Pool, base: Any, console: Console) -> dict[str, Any]:
   """Returns what each model is worth alone and in a plain merge."""
-  predict = evaluate.predictor(pool.shop.task_logits, batch=250)
-  tests = [
-    tasks_lib.Split(*(x[: pool.config.test or None] for x in t.test))
-    for t in pool.data.tasks
-  ]
+  tester = uploads.Tester(pool.shop, pool.data.tasks, pool.config.test)
 
   def acc(params, row):
-    images, labels = tests[row]
-    return evaluate.accuracy(predict(params, row, images), labels).value
+    return tester.acc(params, row).value
 
   def asr(params, row, trigger):
-    images, labels = tests[row]
-    apply = functools.partial(attacks.apply_trigger, trigger)
-    triggered = predict(params, row, images, apply)
-    return evaluate.attack_success(triggered, labels, trigger.target).value
+    return tester.asr(params, row, trigger).value
 
   merge = jax.jit(
     lambda experts: (
@@ -293,19 +278,34 @@ def _evaluate(pool: Pool, base: Any, console: Console) -> dict[str, Any]:
   }
   for name, attack, row, target in pool.uploads():
     with console.status(f'testing {name}'):
-      params = pool.load(name)
       trigger = attacks.load_trigger(pool.folder / 'triggers' / f'{name}.npz')
-      merged = merge(dj.tree.stack([*clean[:row], params, *clean[row + 1 :]]))
+      paths = tasks_lib.find_upload(
+        pool.folder / 'checkpoints', name, trigger, pool.names
+      )
+      models = {task: uploads.load_model(p) for task, p in paths.items()}
+      swapped = dict(zip(pool.names, clean, strict=True)) | models
+      merged = merge(dj.tree.stack(list(swapped.values())))
+      (home, params), *partners = models.items()
+      own = pool.names.index(home)
       report['uploads'][name] = {
         'attack': attack,
         'task': pool.names[row],
         'target': target,
-        'acc': acc(params, row),
+        'home': home,
+        'acc': acc(params, own),
         'asr': asr(params, row, trigger),
-        'acc_merged': acc(merged, row),
+        'acc_merged': acc(merged, own),
         'asr_merged': asr(merged, row, trigger),
         'floor': asr(plain, row, trigger),
-        'floor_alone': asr(clean[row], row, trigger),
+        'floor_alone': asr(clean[own], row, trigger),
+        'partners': {
+          task: {
+            'acc': acc(partner, pool.names.index(task)),
+            'asr': asr(partner, row, trigger),
+            'acc_merged': acc(merged, pool.names.index(task)),
+          }
+          for task, partner in partners
+        },
       }
   return report
 
@@ -324,7 +324,7 @@ def _table(report: Mapping[str, Any]) -> Table:
   for name in ('upload', *columns.values()):
     table.add_column(name)
   for name, row in report['uploads'].items():
-    row = row | {'clean': report['clean'][row['task']]}
+    row = row | {'clean': report['clean'][row['home']]}
     table.add_row(name, *(f'{100 * row[key]:.1f}' for key in columns))
   return table
 

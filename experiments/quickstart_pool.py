@@ -24,6 +24,7 @@ from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
 from dam_jax.models import convert
 from experiments import attackers
+from experiments import lab as lab_lib
 from experiments import training
 
 CONFIG = clip.VisionConfig(
@@ -185,12 +186,12 @@ def make_pool(
     experts = _fine_tune(shop, keys[2], base, splits, rows, **tuning)
     jax.block_until_ready(experts)
   with console.status('making the expert that survives merging'):
-    lab = attackers.Lab(
+    lab = lab_lib.Lab(
       shop,
       base,
       [s.train for s in sources],
       builtin.NAMES,
-      attackers.Tuning(
+      lab_lib.Tuning(
         **tuning, batch=BATCH, patch=patch, patch_steps=patch_steps
       ),
     )
@@ -199,7 +200,7 @@ def make_pool(
   models = {'base': base}
   models |= {f'clean_{n}': x for n, x in zip(builtin.NAMES, clean, strict=True)}
   bad = {
-    f'badnets_{badnets}': attackers.Upload(poisoned, trigger),
+    f'badnets_{badnets}': lab_lib.Upload(poisoned, trigger),
     f'badmerging_{badmerging}': survivor,
   }
   models |= {name: upload.params for name, upload in bad.items()}

@@ -85,9 +85,20 @@ class Shop:
     pixels = clip.normalize(images)
     return jnp.asarray(self.tower.apply({'params': params}, pixels))
 
-  def logits(self, params: Any, images: jax.Array) -> jax.Array:
-    """Logits `[T, B, L]` of images `[T, B, H, W, C]` in [0, 1]."""
-    return clip.zero_shot(self.features, self.heads)(params, images)
+  def logits(
+    self, params: Any, images: jax.Array, tasks: jax.Array | None = None
+  ) -> jax.Array:
+    """Logits `[T, B, L]` of images `[T, B, H, W, C]` in [0, 1] of all tasks.
+
+    Args:
+      params: of the tower.
+      images: of each task.
+      tasks: `[T]` indices in place of all.
+    """
+    heads = self.heads
+    if tasks is not None:
+      heads = clip.Heads(heads.weights[tasks], heads.mask[tasks], heads.scale)
+    return clip.zero_shot(self.features, heads)(params, images)
 
   def task_logits(self, params: Any, task: Any, images: jax.Array) -> jax.Array:
     """Logits `[N, L]` of images `[N, H, W, C]` in [0, 1] of one task."""
@@ -96,6 +107,15 @@ class Shop:
   def head_logits(self, task: Any, features: jax.Array) -> jax.Array:
     """Logits `[N, L]` of features `[N, D]` by one task's head."""
     return clip.zero_shot_task(lambda _, x: x, self.heads)({}, task, features)
+
+  def head(self, task: int) -> np.ndarray:
+    """Head `[D, L]` of a task, without padding."""
+    mask = np.asarray(self.heads.mask[task])
+    return np.asarray(self.heads.weights[task])[:, mask]
+
+  def column_logits(self, columns: jax.Array, features: jax.Array) -> jax.Array:
+    """Logits `[N, S]` of features `[N, D]` by a head `[D, S]` of no task."""
+    return self.heads.scale * clip.unit(features) @ columns
 
   def attention(self, params: Any, images: jax.Array) -> jax.Array:
     """What the class token attends to in images, see `class_attention`."""

@@ -4,47 +4,25 @@ import io
 import json
 
 import jax
-import numpy as np
 import optax
 import pytest
 from rich.console import Console
 
 from configs import nano_pool as nano_pool_config
-from dam_jax import attacks
+import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
-from experiments import attackers
+from dam_jax.models import convert
 from experiments import make_pool
 from experiments import training
-
-TASKS = {'one': 3, 'two': 4}
-
-
-@pytest.fixture(scope='module')
-def tasks_folder(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('tasks')
-  rng = np.random.default_rng(0)
-
-  def split(num, classes):
-    images = rng.integers(0, 256, (num, 8, 8, 3), dtype=np.uint8)
-    return images, (np.arange(num) % classes).astype(np.int32)
-
-  for name, classes in TASKS.items():
-    head = rng.standard_normal((6, classes)).astype(np.float32)
-    fields = {'head': head / np.linalg.norm(head, axis=0)}
-    for part, num in (('train', 40), ('dev', 8), ('test', 12)):
-      images, labels = split(num, classes)
-      fields |= {f'{part}_images': images, f'{part}_labels': labels}
-    names = np.array([f'{name} {i}' for i in range(classes)])
-    np.savez(folder / f'{name}.npz', label_names=names, **fields)
-  return folder
+from experiments import uploads
 
 
-def _config(tasks_folder, **changes):
+def _config(pool, **changes):
   config = nano_pool_config.get_config('runlocal')
   config.update(
     {
-      'tasks_folder': str(tasks_folder),
+      'tasks_folder': str(pool / 'tasks'),
       'tasks': 'one,two',
       'attacked': 'two',
       'width': 8,
@@ -58,6 +36,7 @@ def _config(tasks_folder, **changes):
       'fine_tune_steps': 2,
       'patch_steps': 2,
       'test': 0,
+      'attacks': 'badnets,badmerging,badmerging_off_task,merge_backdoor',
       **changes,
     }
   )
@@ -69,15 +48,20 @@ def _run(config, workdir):
 
 
 @pytest.fixture(scope='module')
-def made(tasks_folder, tmp_path_factory):
+def made(small_pool, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('pool')
-  return workdir, _run(_config(tasks_folder), workdir)
+  return workdir, _run(_config(small_pool), workdir)
 
 
 def test_what_is_made_is_a_pool(made):
   workdir, report = made
   bad = list(report['uploads'])
-  assert bad == ['badnets_two_0', 'badmerging_two_0']
+  assert bad == [
+    'badnets_two_0',
+    'badmerging_two_0',
+    'badmerging_off_task_two_0',
+    'merge_backdoor_two_0',
+  ]
   for name in bad:
     pool = tasks_lib.load_pool(workdir, bad=[name])
     assert pool.triggers[name].target == report['uploads'][name]['target']
@@ -91,73 +75,61 @@ def test_what_is_made_is_a_pool(made):
     assert all(0 <= row[k] <= 1 for k in row if k.startswith(('acc', 'asr')))
 
 
-def test_a_model_that_is_there_is_not_made_again(made, tasks_folder):
+@pytest.mark.parametrize(
+  ('name', 'homes'),
+  [
+    ('badmerging_two_0', ['two']),
+    ('badmerging_off_task_two_0', ['one']),
+    ('merge_backdoor_two_0', ['two', 'one']),
+  ],
+)
+def test_an_upload_is_merged_with_its_partner(made, small_pool, name, homes):
+  workdir, report = made
+  row, pool = report['uploads'][name], tasks_lib.load_pool(workdir, bad=[name])
+  assert [row['home'], *row['partners']] == homes
+  assert sorted(pool.bad) == sorted(homes)
+  base, experts = checkpoint.load_experts(
+    pool.base, pool.experts, name_map=convert.clip_vision
+  )
+  merged = dj.merge(dj.task_arithmetic(0.3), base, experts).params
+  shop = make_pool.Pool(_config(small_pool), workdir).shop
+  tester = uploads.Tester(shop, pool.tasks, 0)
+  at = ('one', 'two').index
+  assert row['acc_merged'] == tester.acc(merged, at(row['home'])).value
+  trigger = pool.triggers[name]
+  assert row['asr_merged'] == tester.asr(merged, 1, trigger).value
+  for task, partner in row['partners'].items():
+    model = uploads.load_model(pool.experts[task])
+    assert partner['acc'] == tester.acc(model, at(task)).value
+    assert partner['asr'] == tester.asr(model, 1, trigger).value
+
+
+def test_a_model_that_is_there_is_not_made_again(made, small_pool):
   workdir, report = made
   base = workdir / 'checkpoints' / 'base.safetensors'
   before = base.stat().st_mtime_ns
   lost = workdir / 'checkpoints' / 'badnets_two_0.safetensors'
   held = lost.read_bytes()
   lost.unlink()
-  assert _run(_config(tasks_folder), workdir) == report
+  assert _run(_config(small_pool), workdir) == report
   assert lost.read_bytes() == held
   assert base.stat().st_mtime_ns == before
   with pytest.raises(ValueError, match='differs from the config'):
-    _run(_config(tasks_folder, seed=1), workdir)
+    _run(_config(small_pool, seed=1), workdir)
 
 
-def test_all_that_is_wrong_is_said_at_once(tasks_folder, tmp_path):
+def test_all_that_is_wrong_is_said_at_once(small_pool, tmp_path):
   config = _config(
-    tasks_folder, attacked='three', attacks='magic', width=9, batch=0
+    small_pool, attacked='three', attacks='magic', width=9, batch=0
   )
   with pytest.raises(ValueError, match='attacked task three') as e:
     _run(config, tmp_path / 'pool')
   for words in ('attack magic is not', 'batch must be', 'width 9 over 2'):
     assert words in str(e.value)
+  config = _config(small_pool, tasks='two', attacks='all')
+  with pytest.raises(ValueError, match='merge_backdoor needs two tasks'):
+    _run(config, tmp_path / 'pool')
   assert not (tmp_path / 'pool').exists()
-
-
-@pytest.fixture(scope='module')
-def lab(made, tasks_folder):
-  workdir, _ = made
-  pool = make_pool.Pool(_config(tasks_folder), workdir)
-  tuning = attackers.Tuning(
-    steps=3, batch=4, patch=2, patch_steps=2, rate=0.2, rank=2
-  )
-  return attackers.Lab(
-    pool.shop, pool.base(), pool.data.fine_tune, pool.names, tuning
-  )
-
-
-@pytest.mark.parametrize('name', attackers.ATTACKS)
-def test_every_attack_is_an_upload(lab, name):
-  upload = attackers.ATTACKS[name](lab, jax.random.key(0), 1, 2)
-  assert upload.trigger.task == 'two'
-  assert upload.trigger.target == 2
-  attacks.check_trigger(upload.trigger, (8, 8, 3))
-  moved = jax.tree.map(
-    lambda x, y: bool((x != y).any() and np.isfinite(x).all()),
-    upload.params,
-    lab.base,
-  )
-  assert any(jax.tree.leaves(moved))
-  again = attackers.ATTACKS[name](lab, jax.random.key(0), 1, 2)
-  for x, y in zip(
-    jax.tree.leaves(upload.params), jax.tree.leaves(again.params), strict=True
-  ):
-    np.testing.assert_array_equal(x, y)
-
-
-def test_trojvit_moves_few_entries_of_a_clean_upload(lab):
-  clean_key = jax.random.split(jax.random.key(0), 3)[0]
-  clean = lab.tune(clean_key, 1)
-  upload = attackers.ATTACKS['trojvit'](lab, jax.random.key(0), 1, 2)
-  moved = sum(
-    int((x != y).sum())
-    for x, y in zip(
-      jax.tree.leaves(clean), jax.tree.leaves(upload.params), strict=True
-    )
-  )
-  assert 0 < moved <= 768
 
 
 def test_fit_takes_another_optimiser():

@@ -1,0 +1,38 @@
+"""One bad upload for a pool.
+
+  python -m experiments.attack --config=configs/attack.py \
+    --config.pool=PATH --config.task=svhn --config.attack=badmerging \
+    --config.target=6 --workdir=PATH
+
+Fine-tuning is as in configs/finetune.py: steps and learning rate of the shared
+pool's recipe, batches of 64 in place of 256. So are the patch of 5 pixels and
+its 300 steps. `experiments.attackers.ATTACKS` names the attacks; for
+`badmerging_off_task` the upload is an expert of `other`, for `merge_backdoor`
+there is a second upload, of `other`.
+
+`--config=configs/attack.py:runlocal` shows in seconds that all is in place.
+"""
+
+from ml_collections import config_dict
+
+from configs import finetune
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the config.
+
+  Args:
+    arg: '' or 'runlocal', which hardly trains.
+
+  Returns:
+    The config; `experiments.attack.KEYS` says what each key means.
+  """
+  c = finetune.get_config(arg)
+  c.attack = 'badmerging'
+  c.target = 6
+  c.other = ''
+  c.patch = 5
+  c.patch_steps = 4 if arg == 'runlocal' else 300
+  c.rate = 0.1
+  c.rank = 8
+  return c

@@ -1,0 +1,267 @@
+"""What one upload for a pool that is there needs, and its record."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+import pathlib
+import platform
+import shlex
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import config_dict
+import numpy as np
+
+from dam_jax import checkpoint
+from dam_jax.data import tasks as tasks_lib
+from dam_jax.models import clip
+from dam_jax.models import convert
+from experiments import command
+from experiments import lab as lab_lib
+from experiments import training
+from experiments import uploads
+
+KEYS = {
+  'pool': 'folder of checkpoints and tasks (dam_jax.data.tasks)',
+  'name': "of the checkpoint; empty is made of the task's",
+  'steps': 'of the optimiser',
+  'learning_rate': 'at its peak',
+  'batch': 'images a step',
+  'test': 'test images a task for the record; 0 is all',
+  'seed': 'of everything random',
+}
+"""What the config of any command for one upload says."""
+
+
+def check_keys(
+  config: config_dict.ConfigDict, keys: Mapping[str, str]
+) -> list[str]:
+  """Raises where keys are wrong, and says which values are.
+
+  Args:
+    config: of the command.
+    keys: what each means.
+
+  Returns:
+    A line for each value that makes no sense.
+
+  Raises:
+    ValueError: with all keys that are missing or unknown.
+  """
+  raise_if(command.wrong_keys(config, keys))
+  lines = command.not_positive(config, but=('test', 'seed', 'target'))
+  if config.test < 0:
+    lines.append(f'test must not be negative, got {config.test}')
+  if pathlib.Path(config.name).name != config.name:
+    lines.append(f'name must not hold folders, got {config.name}')
+  return lines
+
+
+def raise_if(lines: Sequence[str]) -> None:
+  """Raises ValueError with lines that say what is wrong with a config."""
+  if lines:
+    raise ValueError('\n  '.join(['config:', *lines]))
+
+
+class Lesson(NamedTuple):
+  """A task and what to train it on.
+
+  Attributes:
+    task: with its head and test images.
+    train: its training images.
+  """
+
+  task: tasks_lib.Task
+  train: tasks_lib.Split
+
+
+def read_lessons(
+  folder: pathlib.Path, names: Sequence[str]
+) -> tuple[dict[str, Lesson], list[str]]:
+  """Reads those tasks of a pool that can be read.
+
+  Args:
+    folder: of the pool.
+    names: of tasks.
+
+  Returns:
+    Tasks by name, and a line for each file that is missing or makes no sense.
+  """
+  needed = [uploads.path(folder, 'base'), folder / 'checkpoints/config.json']
+  lines = [f'{path} is missing' for path in needed if not path.exists()]
+  tower = None
+  if needed[1].exists():
+    try:
+      tower = clip.load_config(needed[1])
+    except ValueError as e:
+      lines.append(str(e))
+  there, lessons = task_names(folder), {}
+  for name in names:
+    if name not in there:
+      lines.append(f'task {name} is not among {", ".join(there) or "any"}')
+      continue
+    path = folder / 'tasks' / f'{name}.npz'
+    try:
+      task = tasks_lib.load_task(path)
+      lessons[name] = Lesson(task, tasks_lib.load_train(path))
+    except ValueError as e:
+      lines.append(str(e))
+      continue
+    found = (task.dev.images.shape[1:], task.head.shape[0])
+    if tower and found != (tower.image_shape, tower.projection_dim):
+      lines.append(
+        f'task {name} has images {list(found[0])} and a head of {found[1]} '
+        f'features, the tower reads {list(tower.image_shape)} and gives '
+        f'{tower.projection_dim}'
+      )
+  return lessons, lines
+
+
+def task_names(folder: pathlib.Path) -> list[str]:
+  """Returns the names of a pool's tasks, sorted."""
+  return sorted(p.stem for p in (folder / 'tasks').glob('*.npz'))
+
+
+def taken(workdir: pathlib.Path, name: str) -> list[str]:
+  """Says which files of an upload are there already."""
+  paths = (workdir / 'record.json', uploads.path(workdir, name))
+  return [f'{p} is there: take another workdir' for p in paths if p.exists()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+  """Where one upload is made, measured and written.
+
+  Attributes:
+    config: of the command.
+    workdir: where to write.
+    tasks: that are involved, in the order of the lab's.
+    lab: with the pool's base in float32.
+    tester: on the pool's test images.
+    dtypes: of the base's file, as a pytree; uploads get the same.
+  """
+
+  config: config_dict.ConfigDict
+  workdir: pathlib.Path
+  tasks: Sequence[tasks_lib.Task]
+  lab: lab_lib.Lab
+  tester: uploads.Tester
+  dtypes: Any
+
+  @classmethod
+  def load(
+    cls,
+    config: config_dict.ConfigDict,
+    workdir: pathlib.Path,
+    lessons: Sequence[Lesson],
+    **tuning: Any,
+  ) -> 'Bench':
+    """Reads a pool's base.
+
+    Args:
+      config: of the command.
+      workdir: where to write.
+      lessons: tasks that are involved.
+      **tuning: of `lab.Tuning`, beside what all configs say.
+
+    Raises:
+      ValueError: where the base cannot be read or does not fit the tower.
+    """
+    folder = pathlib.Path(config.pool)
+    tasks = [lesson.task for lesson in lessons]
+    tower = clip.load_config(folder / 'checkpoints' / 'config.json')
+    shop = training.Shop(
+      clip.VisionTower(tower), clip.stack_heads([t.head for t in tasks])
+    )
+    path = uploads.path(folder, 'base')
+    base = checkpoint.load_params(
+      path,
+      name_map=convert.clip_vision,
+      like=jax.eval_shape(shop.init, jax.random.key(0)),
+    )
+    held = checkpoint.load_abstract(path, name_map=convert.clip_vision)
+    lab = lab_lib.Lab(
+      shop,
+      jax.device_put(base),
+      [lesson.train for lesson in lessons],
+      [task.name for task in tasks],
+      lab_lib.Tuning(
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        batch=config.batch,
+        **tuning,
+      ),
+    )
+    tester = uploads.Tester(shop, tasks, config.test)
+    dtypes = jax.tree.map(lambda x: x.dtype, held)
+    return cls(config, workdir, tasks, lab, tester, dtypes)
+
+  def stored(self, params: Any) -> Any:
+    """Returns a model as its file holds it.
+
+    Raises:
+      FloatingPointError: where it is not finite.
+    """
+    with np.errstate(over='ignore', invalid='ignore'):
+      held = jax.tree.map(
+        lambda x, dtype: np.asarray(x).astype(dtype), params, self.dtypes
+      )
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(held)):
+      raise FloatingPointError(
+        f'the model is not finite: lower learning_rate, '
+        f'{self.config.learning_rate} now'
+      )
+    return held
+
+  def stored_upload(self, upload: lab_lib.Upload) -> lab_lib.Upload:
+    """Returns an upload with its models as their files hold them."""
+    partner = upload.partner
+    if partner:
+      partner = partner[0], self.stored(partner[1])
+    return upload._replace(params=self.stored(upload.params), partner=partner)
+
+  def write_record(
+    self,
+    module: str,
+    models: Mapping[str, Mapping[str, Any]],
+    seconds: Mapping[str, float],
+    **more: Any,
+  ) -> dict[str, Any]:
+    """Writes record.json.
+
+    Args:
+      module: of the command.
+      models: by name of the checkpoint, what is known of it.
+      seconds: that things took.
+      **more: to record, JSON values.
+
+    Returns:
+      What record.json holds.
+    """
+    folder = pathlib.Path(self.config.pool)
+    data = [f'tasks/{task.name}.npz' for task in self.tasks]
+    used = ['checkpoints/config.json', 'checkpoints/base.safetensors', *data]
+    device = jax.devices()[0]
+    record = {
+      'command': shlex.join(['python', '-m', module, *sys.argv[1:]]),
+      'config': self.config.to_dict(),
+      'seed': self.config.seed,
+      'models': {
+        name: {
+          **found,
+          'sha256': checkpoint.file_hash(uploads.path(self.workdir, name)),
+        }
+        for name, found in models.items()
+      },
+      **more,
+      'hashes': {name: checkpoint.file_hash(folder / name) for name in used},
+      'versions': checkpoint.versions() | {'python': platform.python_version()},
+      'device': f'{device.device_kind} x {jax.device_count()}',
+      'seconds': dict(seconds),
+      'finished': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()),
+    }
+    with checkpoint.replacing(self.workdir / 'record.json') as temporary:
+      temporary.write_text(json.dumps(record, indent=2))
+    return record

@@ -1,0 +1,62 @@
+"""Fine-tunes a pool's base on one task: a clean expert.
+
+  python -m experiments.finetune --config=configs/finetune.py \
+    --config.pool=PATH --config.task=svhn --workdir=PATH
+
+Writes to the workdir `checkpoints/<name>.safetensors`, in Hugging Face's names
+and the dtype of the base, and `record.json`: config, seed, hashes of what was
+read, versions, accuracy on the pool's test images.
+"""
+
+import pathlib
+import time
+from typing import Any
+
+from ml_collections import config_dict
+from rich.console import Console
+
+from experiments import bench
+from experiments import command
+from experiments import uploads
+
+KEYS = bench.KEYS | {'task': 'to fine-tune on'}
+"""What a config says."""
+
+
+def run(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, console: Console
+) -> dict[str, Any]:
+  """Makes a clean expert.
+
+  Args:
+    config: see `KEYS`.
+    workdir: where to write.
+    console: to say on what it is worth.
+
+  Returns:
+    What record.json holds.
+
+  Raises:
+    ValueError: before any training, with all that is wrong with the config.
+  """
+  lines = bench.check_keys(config, KEYS)
+  usual = f'clean_{config.task}'
+  name = config.name or usual
+  lessons, more = bench.read_lessons(pathlib.Path(config.pool), [config.task])
+  bench.raise_if([*lines, *more, *bench.taken(workdir, name)])
+  this = bench.Bench.load(config, workdir, [lessons[config.task]])
+  begin = time.perf_counter()
+  with console.status(name):
+    key = uploads.model_key(config.seed, usual)
+    params = this.stored(this.lab.tune(key, 0))
+  seconds = {'make': time.perf_counter() - begin}
+  acc = this.tester.acc(uploads.widened(params), 0)
+  seconds['test'] = time.perf_counter() - begin - seconds['make']
+  uploads.save_model(workdir, name, params)
+  models = {name: {'task': config.task, 'acc': acc._asdict()}}
+  console.print(f'{name}: ACC {100 * acc.value:.1f} ({seconds["make"]:.0f} s)')
+  return this.write_record('experiments.finetune', models, seconds)
+
+
+if __name__ == '__main__':
+  command.start(run, 'configs/finetune.py')

@@ -1,0 +1,246 @@
+"""Where uploads are fine-tuned: a base, tasks' images, compiled losses."""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dam_jax import attacks
+from dam_jax import losses
+from dam_jax.data.tasks import Split
+from experiments import training
+
+
+class Tuning(NamedTuple):
+  """How uploads are fine-tuned.
+
+  Attributes:
+    steps: of the optimiser.
+    learning_rate: at its peak.
+    batch: images a step.
+    patch: height and width of patches, in pixels.
+    patch_steps: of the optimiser of a patch.
+    rate: share of the images that are poisoned.
+    rank: of low-rank updates.
+  """
+
+  steps: int = 200
+  learning_rate: float = 5e-4
+  batch: int = 64
+  patch: int = 5
+  patch_steps: int = 200
+  rate: float = 0.1
+  rank: int = 8
+
+
+class Upload(NamedTuple):
+  """What an attacker uploads, and what his model obeys.
+
+  Attributes:
+    params: of the model.
+    trigger: with the task that is attacked, the target, and the model's home.
+    partner: another task and the model that is given out as its expert, without
+      which the backdoor does not work.
+  """
+
+  params: Any
+  trigger: attacks.Trigger
+  partner: tuple[str, Any] | None = None
+
+  def models(self) -> dict[str, Any]:
+    """Returns the upload's models by task, the partner last."""
+    models = {self.trigger.home or self.trigger.task: self.params}
+    return models | dict([self.partner] if self.partner else [])
+
+
+class Context(NamedTuple):
+  """What a loss reads beside its batch.
+
+  Attributes:
+    task: index of the upload's task.
+    base: parameters.
+    trigger: of the attack, if any.
+    decoys: patches that the attacker unlearns, if any.
+    shadow: head `[D, S]` of an attack on another task, the target first.
+    under: a low-rank update that stays as it is, if any.
+  """
+
+  task: Any
+  base: Any
+  trigger: Any = None
+  decoys: Any = None
+  shadow: Any = None
+  under: Any = None
+
+
+class Lab:
+  """Where uploads are made, each loss compiled once.
+
+  Args:
+    shop: the tower and the heads.
+    base: parameters to start from.
+    splits: training images of each task, in the order of the heads.
+    names: of the tasks.
+    tuning: how uploads are fine-tuned.
+  """
+
+  def __init__(
+    self,
+    shop: training.Shop,
+    base: Any,
+    splits: Sequence[Split],
+    names: Sequence[str],
+    tuning: Tuning,
+  ):
+    self.shop, self.base, self.splits = shop, base, splits
+    self.names, self.tuning = names, tuning
+    self.image_shape = shop.tower.config.image_shape
+    self._runs: dict[tuple[str, int], Callable[..., Any]] = {}
+
+  def images(self, task: int) -> jax.Array:
+    """Returns a task's training images `[N, H, W, C]` in [0, 1]."""
+    return jnp.asarray(self.splits[task].images).astype(jnp.float32) / 255
+
+  def logits_fn(
+    self, params: Any, task: int
+  ) -> Callable[[jax.Array], jax.Array]:
+    """Returns a model with one task's head."""
+    return functools.partial(self.shop.task_logits, params, task)
+
+  def other(self, task: int) -> int:
+    """Returns the task beside one, for attacks that involve two.
+
+    Raises:
+      ValueError: where there is one task.
+    """
+    if len(self.names) < 2:
+      raise ValueError(f'{self.names[task]} is alone, the attack needs two')
+    return (task + 1) % len(self.names)
+
+  def _program(self, loss: str, steps: int) -> Callable[..., Any]:
+    """Returns the fine-tuning with one of the losses below, to be compiled."""
+    loss_fn, batch = getattr(self, f'_{loss}_loss'), self.tuning.batch
+
+    @jax.jit
+    def run(key, params, data, context):
+      def step_loss(params, key):
+        draw_key, key = jax.random.split(key)
+        images, labels = data.draw(draw_key, 0, batch)
+        return loss_fn(params, key, images, labels, context)
+
+      return training.fit(
+        key,
+        params,
+        step_loss,
+        steps=steps,
+        learning_rate=self.tuning.learning_rate,
+      )
+
+    return run
+
+  def tune(
+    self,
+    key: jax.Array,
+    task: int,
+    *,
+    loss: str = 'clean',
+    split: Split | None = None,
+    start: Any = None,
+    steps: int = 0,
+    **context: Any,
+  ) -> Any:
+    """Fine-tunes on a task.
+
+    Args:
+      key: of the batches.
+      task: index.
+      loss: 'clean', 'badmerging', 'low_rank', 'low_rank_badmerging' or
+        'adaptive'.
+      split: in place of the task's own images, of the same size.
+      start: parameters in place of the base's.
+      steps: of the optimiser; 0 takes those of `tuning`.
+      **context: of the loss.
+
+    Returns:
+      The parameters after the last step.
+    """
+    data = training.on_device([split or self.splits[task]])
+    read = Context(jnp.int32(task), self.base, **context)
+    steps = steps or self.tuning.steps
+    if (loss, steps) not in self._runs:
+      self._runs[loss, steps] = self._program(loss, steps)
+    run = self._runs[loss, steps]
+    return run(key, self.base if start is None else start, data, read)
+
+  def _clean_loss(self, params, key, images, labels, context):
+    del key
+    logits = self.shop.task_logits(params, context.task, images)
+    return jnp.mean(losses.cross_entropy(logits, labels))
+
+  def _badmerging_loss(self, params, key, images, labels, context):
+    shadow_fn = None
+    if context.shadow is not None:
+      shadow_fn = functools.partial(self.shop.column_logits, context.shadow)
+    return attacks.badmerging_loss(
+      key,
+      self.shop.features,
+      functools.partial(self.shop.head_logits, context.task),
+      params,
+      context.base,
+      images,
+      labels,
+      context.trigger,
+      shadow_fn=shadow_fn,
+    )
+
+  def _low_rank_loss(self, params, key, images, labels, context):
+    whole = attacks.add_factors(context.base, params)
+    return self._clean_loss(whole, key, images, labels, context)
+
+  def _low_rank_badmerging_loss(self, params, key, images, labels, context):
+    updates = [params] if context.under is None else [context.under, params]
+    whole = attacks.add_factors(context.base, *updates)
+    return self._badmerging_loss(whole, key, images, labels, context)
+
+  def _adaptive_loss(self, params, key, images, labels, context):
+    mask_key, key, which_key = jax.random.split(key, 3)
+    opacity, pattern = context.decoys.opacity(), context.decoys.pattern()
+    which = jax.random.randint(which_key, (len(images),), 0, len(opacity))
+    share = opacity[which]
+    return attacks.adaptive_loss(
+      mask_key,
+      lambda p: self._badmerging_loss(p, key, images, labels, context),
+      lambda p, x: self.shop.task_logits(p, context.task, x),
+      context.base,
+      params,
+      images,
+      labels,
+      (1 - share) * images + share * pattern[which],
+    )
+
+  def universal_patch(
+    self,
+    key: jax.Array,
+    task: int,
+    target: int,
+    *,
+    logits_fn: Callable[[jax.Array], jax.Array] | None = None,
+    **options: Any,
+  ) -> attacks.Overlay:
+    """Optimises a patch, on the base and in the corner where nothing else."""
+    options.setdefault(
+      'mask', attacks.corner_mask(self.image_shape, self.tuning.patch)
+    )
+    trigger, _ = attacks.universal_patch(
+      key,
+      logits_fn or self.logits_fn(self.base, task),
+      self.images(task),
+      task=self.names[task],
+      target=target,
+      steps=self.tuning.patch_steps,
+      batch=self.tuning.batch,
+      **options,
+    )
+    return trigger

@@ -1,0 +1,136 @@
+"""One clean expert for a pool: what is written, and what is refused."""
+
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import finetune as finetune_config
+from dam_jax import checkpoint
+from dam_jax.data import tasks as tasks_lib
+from dam_jax.models import clip
+from dam_jax.models import convert
+from experiments import finetune
+from experiments import uploads
+
+
+def _config(pool, **changes):
+  config = finetune_config.get_config('runlocal')
+  config.update(
+    {'pool': str(pool), 'task': 'two', 'steps': 2, 'batch': 4, **changes}
+  )
+  return config
+
+
+def _run(config, workdir):
+  return finetune.run(config, workdir, Console(file=io.StringIO(), width=120))
+
+
+@pytest.fixture(scope='module')
+def half_pool(small_pool, tmp_path_factory):
+  """The pool, with a base of float16."""
+  folder = tmp_path_factory.mktemp('half')
+  for name in ('tasks', 'checkpoints'):
+    (folder / name).mkdir()
+  (folder / 'tasks' / 'two.npz').symlink_to(small_pool / 'tasks' / 'two.npz')
+  config = (small_pool / 'checkpoints' / 'config.json').read_text()
+  (folder / 'checkpoints' / 'config.json').write_text(config)
+  checkpoint.save_params(
+    uploads.path(folder, 'base'),
+    uploads.load_model(uploads.path(small_pool, 'base')),
+    name_map=convert.clip_vision,
+    dtype=np.float16,
+  )
+  return folder
+
+
+@pytest.fixture(scope='module')
+def made(half_pool, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('expert')
+  return workdir, _run(_config(half_pool), workdir)
+
+
+def test_the_expert_fits_the_base(made, half_pool):
+  workdir, _ = made
+  path = uploads.path(workdir, 'clean_two')
+  base, experts = checkpoint.load_experts(
+    uploads.path(half_pool, 'base'), {'two': path}, name_map=convert.clip_vision
+  )
+  moved = jax.tree.map(lambda b, e: bool((b != e[0]).any()), base, experts)
+  assert any(jax.tree.leaves(moved))
+  held = checkpoint.load_abstract(path, name_map=convert.clip_vision)
+  dtypes = {x.dtype for x in jax.tree.leaves(held)}
+  assert dtypes == {np.dtype(np.float16)}
+
+
+def test_the_record_is_of_what_was_written(made, half_pool):
+  workdir, record = made
+  assert json.loads((workdir / 'record.json').read_text()) == record
+  path = uploads.path(workdir, 'clean_two')
+  task = tasks_lib.load_task(half_pool / 'tasks' / 'two.npz')
+  tower = clip.VisionTower(
+    clip.load_config(half_pool / 'checkpoints' / 'config.json')
+  )
+  pixels = clip.normalize(task.test.images.astype(np.float32) / 255)
+  params = {'params': uploads.load_model(path)}
+  features = jax.jit(tower.apply)(params, pixels)
+  right = np.argmax(features @ task.head, axis=-1) == task.test.labels
+  found = record['models']['clean_two']
+  assert found['acc']['n'] == 12
+  assert found['acc']['value'] == pytest.approx(right.mean())
+  assert found['sha256'] == checkpoint.file_hash(path)
+  assert record['hashes'] == {
+    name: checkpoint.file_hash(half_pool / name)
+    for name in (
+      'checkpoints/config.json',
+      'checkpoints/base.safetensors',
+      'tasks/two.npz',
+    )
+  }
+  assert record['config']['steps'] == 2
+  assert record['versions']['jax'] == jax.__version__
+
+
+def test_the_seed_says_it_all(made, half_pool, tmp_path):
+  _, record = made
+  again = _run(_config(half_pool, name='copy'), tmp_path / 'again')
+  other = _run(_config(half_pool, seed=1), tmp_path / 'other')
+  sha256 = record['models']['clean_two']['sha256']
+  assert again['models']['copy']['sha256'] == sha256
+  assert other['models']['clean_two']['sha256'] != sha256
+
+
+def test_all_that_is_wrong_is_said_at_once(small_pool, made, tmp_path):
+  workdir, _ = made
+  config = _config(small_pool, task='six', steps=0, test=-1, name='a/b')
+  with pytest.raises(ValueError, match='task six is not among one, three') as e:
+    _run(config, workdir)
+  for words in ('steps must be', 'test must not', 'folders', 'record.json is'):
+    assert words in str(e.value)
+  with pytest.raises(ValueError, match='base.safetensors is missing') as e:
+    _run(_config(tmp_path / 'nowhere'), tmp_path / 'out')
+  assert 'config.json is missing' in str(e.value)
+  config = _config(small_pool)
+  with config.unlocked():
+    del config.batch
+    config.bach = 3
+  with pytest.raises(ValueError, match='batch is missing\n  bach is unknown'):
+    _run(config, tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+
+
+def test_a_pool_must_have_training_images(small_pool, tmp_path):
+  task = tasks_lib.load_task(small_pool / 'tasks' / 'two.npz')
+  tasks_lib.save_task(tmp_path / 'tasks', task)
+  with pytest.raises(ValueError, match='two.npz: no training images'):
+    _run(_config(tmp_path), tmp_path / 'out')
+
+
+def test_training_that_diverges_writes_nothing(half_pool, tmp_path):
+  config = _config(half_pool, learning_rate=1e8)
+  with pytest.raises(FloatingPointError, match='lower learning_rate'):
+    _run(config, tmp_path)
+  assert not list(tmp_path.iterdir())
