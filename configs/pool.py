@@ -81,5 +81,6 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.report_on = 'test'
   c.transfer_test = 20 if local else 50
   c.test_batch = 50
+  c.audit = not local
   c.seed = 0
   return c

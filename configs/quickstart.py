@@ -68,5 +68,6 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.report_on = 'test'
   c.transfer_test = 40 if local else 300
   c.test_batch = 250
+  c.audit = False
   c.seed = 0
   return c

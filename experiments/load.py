@@ -44,6 +44,8 @@ KEYS = {
   'seen; merges learn on dev, which flatters them there',
   'transfer_test': 'test images a task to measure transfer on; 0 is none',
   'test_batch': 'images a forward pass when testing',
+  'audit': 'search triggers on each expert alone first, for the report and for '
+  'dam_robust to start from',
   'seed': 'of everything random',
 }
 """What a config says."""
@@ -91,7 +93,7 @@ class Setup:
 
   @property
   def attacked(self) -> list[str]:
-    """Names of the tasks whose merged expert is backdoored."""
+    """Names of the tasks on which a backdoor of a merged expert works."""
     return [trigger.task for trigger in self.pool.triggers.values()]
 
 

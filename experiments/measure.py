@@ -25,12 +25,15 @@ class Measured(NamedTuple):
     asr: by task that has a trigger.
     ra: by task that has a trigger.
     transfer: by trigger's name and task whose expert is clean.
+    hits: what each image counted, int8 `[N]`, by 'acc/<task>', 'asr/<task>' and
+      'transfer/<trigger>/<task>'; -1 for images that do not count.
   """
 
   acc: dict[str, Rate]
   asr: dict[str, Rate]
   ra: dict[str, Rate]
   transfer: dict[str, dict[str, Transfer]]
+  hits: dict[str, np.ndarray]
 
 
 def measure(
@@ -54,15 +57,16 @@ def measure(
     All rates.
   """
   triggers = {**pool.triggers, **pool.probes}
-  attacked = {trigger.task for trigger in pool.triggers.values()}
-  out = Measured({}, {}, {}, {name: {} for name in pool.triggers})
+  bad = pool.bad
+  out = Measured({}, {}, {}, {name: {} for name in pool.triggers}, {})
   for t, task in enumerate(pool.tasks):
     if only is not None and task.name not in only:
       continue
     params, (images, labels) = params_of(t), task.test
     clean = predict(params, t, images)
-    clean_expert = task.name not in attacked
+    clean_expert = task.name not in bad
     out.acc[task.name] = evaluate.accuracy(clean, labels)
+    out.hits[f'acc/{task.name}'] = (clean == labels).astype(np.int8)
     for name, trigger in triggers.items():
       put = functools.partial(_apply, trigger)
       if trigger.task == task.name:
@@ -73,11 +77,15 @@ def measure(
         out.ra[task.name] = evaluate.robust_accuracy(
           found, labels, trigger.target
         )
+        hit = np.where(labels == trigger.target, -1, found == trigger.target)
+        out.hits[f'asr/{task.name}'] = hit.astype(np.int8)
       elif transfer_test and name in pool.triggers and clean_expert:
         found = predict(params, t, images[:transfer_test], put)
-        out.transfer[name][task.name] = evaluate.transfer(
-          found, clean[:transfer_test]
-        )
+        moved = evaluate.transfer(found, clean[:transfer_test])
+        out.transfer[name][task.name] = moved
+        out.hits[f'transfer/{name}/{task.name}'] = (
+          found == moved.target
+        ).astype(np.int8)
   return out
 
 

@@ -13,6 +13,7 @@ from concurrent import futures
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import pathlib
 import platform
@@ -43,7 +44,9 @@ from experiments import measure
 from experiments import methods
 from experiments import pictures
 from experiments import quickstart_pool
+from experiments import repairs
 from experiments import report as report_lib
+from experiments import suspects
 
 PLAIN = 'task_arithmetic'
 """The merge without a defence that DER compares with."""
@@ -73,24 +76,20 @@ class Run:
     """
     self.config, self.setup, self.workdir = config, setup, workdir
     self._programs: dict[str, futures.Future[learn.Program]] = {}
+    self.suspects: list[suspects.Suspect] = []
     named = methods.parse(config.methods, len(setup.tasks))
-    if setup.attacked and PLAIN not in named:
+    repaired = any(name in methods.REPAIRS for name in named)
+    if (setup.attacked or repaired) and PLAIN not in named:
       named = [PLAIN, *named]
     self.options = methods.resolve(
-      named, config.options, steps=config.steps, batch=config.batch
+      named,
+      config.options,
+      steps=config.steps,
+      batch=config.batch,
+      images=min(self.sizes),
     )
     self.mergers = {
-      name: methods.build(
-        name,
-        chosen,
-        logits_fn=setup.logits_fn,
-        task_logits_fn=setup.task_logits_fn,
-        preprocess_fn=clip.normalize,
-        image_shape=setup.image_shape,
-        inputs_fn=setup.inputs_fn,
-        levels=setup.levels,
-      )
-      for name, chosen in self.options.items()
+      name: self._build(name, chosen) for name, chosen in self.options.items()
     }
     for name, merger in self.mergers.items():
       if merger.plan.steps:
@@ -99,6 +98,58 @@ class Run:
       setup.image_logits_fn, batch=config.test_batch
     )
     _claim(workdir, {'config': config.to_dict(), 'hashes': dict(setup.hashes)})
+
+  def audit(self, advance: Advance) -> None:
+    """Searches triggers on the experts, from which `dam_robust` then starts.
+
+    Args:
+      advance: told how many experts are done.
+    """
+    setup = self.setup
+    self.suspects = suspects.find(
+      setup.image_logits_fn,
+      setup.experts,
+      setup.pool.tasks,
+      folder=self.workdir / 'suspects',
+      seed=self.config.seed,
+      advance=advance,
+    )
+    for name, chosen in self.options.items():
+      if name.startswith('dam_robust'):
+        self.mergers[name] = self._build(name, chosen)
+
+  def suspicions(self) -> list[dict[str, Any]]:
+    """Returns what the search found on experts, the most suspicious first."""
+    pool = self.setup.pool
+    rows = [
+      {
+        'model': pool.experts[task.name].stem,
+        'task': task.name,
+        'known': 'bad' if task.name in pool.bad else '',
+        'suspicion': suspect.suspicion,
+        'target_name': task.label_names[suspect.target],
+        'success': suspect.success,
+      }
+      for task, suspect in zip(pool.tasks, self.suspects, strict=False)
+    ]
+    return sorted(rows, key=lambda row: -row['suspicion'])
+
+  def _build(self, name: str, chosen: dict[str, Any]) -> dj.Merger:
+    setup = self.setup
+    if name in methods.REPAIRS:
+      plain = dj.task_arithmetic(**self.options[PLAIN])
+      return repairs.merger(name, setup, chosen, plain)
+    return methods.build(
+      name,
+      chosen,
+      logits_fn=setup.logits_fn,
+      task_logits_fn=setup.task_logits_fn,
+      preprocess_fn=clip.normalize,
+      image_shape=setup.image_shape,
+      inputs_fn=setup.inputs_fn,
+      levels=setup.levels,
+      seeds=suspects.seeds(self.suspects) if self.suspects else None,
+    )
 
   @property
   def sizes(self) -> list[int]:
@@ -125,7 +176,8 @@ class Run:
     """Returns points of reference: what makes models, stacked for 'single'."""
     setup = self.setup
     tx = dj.task_arithmetic(**self.options.get(PLAIN, {}))
-    good = [t for t, n in enumerate(setup.tasks) if n not in setup.attacked]
+    bad = setup.pool.bad
+    good = [t for t, n in enumerate(setup.tasks) if n not in bad]
 
     @jax.jit
     def plain(experts):
@@ -238,6 +290,17 @@ class Run:
     per_task = {k: x for k, x in learned.metrics.items() if x.ndim == 2}
     curves = pictures.curves(per_task, setup.tasks)
     _write(self.workdir / 'curves' / f'{name}.png', curves)
+    if masks := getattr(learned.state, 'masks', None):
+      layout = self.raveled[0].layout
+      dropped = {
+        mask: {
+          leaf: float(np.mean(share))
+          for leaf, share in dj.masks.sparsity(logits, layout).items()
+        }
+        for mask, logits in masks.items()
+      }
+      text = json.dumps(dropped, indent=2)
+      _write(self.workdir / 'masks' / f'{name}.json', text)
     patch = getattr(learned.state, 'adversary', None)
     if not isinstance(patch, dj.perturbations.SoftPatch):
       return
@@ -258,6 +321,8 @@ class Run:
   def measure(self, name: str, params: Any) -> dict[str, Any]:
     """Measures a model, or the single experts each on its own task.
 
+    Writes what each image counted to `results/<name>.npz`.
+
     Args:
       name: of the method or control.
       params: of the model; stacked for 'single'.
@@ -277,6 +342,9 @@ class Run:
       setup.pool,
       transfer_test=0 if alone else self.config.transfer_test,
     )
+    file, hits = io.BytesIO(), dict[str, Any](measured.hits)
+    np.savez_compressed(file, **hits)
+    _write(self._result(name).with_suffix('.npz'), file.getvalue())
     return {
       'rows': measure.rows(name, measured, setup.attacked),
       'transfer': measure.transfers(measured),
@@ -358,6 +426,10 @@ def run(
   with contextlib.ExitStack() as stack:
     stack.callback(executor.shutdown, wait=False, cancel_futures=True)
     bars = stack.enter_context(_progress(console))
+    if config.audit:
+      bar = bars.add_task('triggers on experts', total=len(setup.tasks))
+      this.audit(functools.partial(bars.advance, bar))
+      bars.remove_task(bar)
     this.compile_ahead(executor)
     total = bars.add_task('methods and controls', total=len(names))
     for name in names:
@@ -369,6 +441,7 @@ def run(
       bars.advance(total)
       console.print(_line(name, results[name]))
   report = _report(this, results, time.perf_counter() - begin)
+  report['record']['suspects'] = this.suspicions()
   _write_report(this, report)
   console.print(report_lib.terminal(report, console.width))
   console.print(report_lib.summary(report))
@@ -448,6 +521,12 @@ def _report(
 def _write_report(this: Run, report: dict[str, Any]) -> None:
   images = {'acc_asr': report_lib.scatter(report)}
   curves = {}
+  if this.suspects:
+    tasks = zip(this.setup.pool.tasks, this.suspects, strict=True)
+    images['suspects'] = pictures.inversions(
+      report['record']['suspects'],
+      {this.setup.pool.experts[t.name].stem: s.picture for t, s in tasks},
+    )
   for name in this.mergers:
     this.write_card(name, report_lib.security(report, name))
     for kind, into, key in (

@@ -16,6 +16,7 @@ from ml_collections import config_dict
 
 import dam_jax as dj
 from dam_jax import catalogue
+from experiments import repairs
 
 STATIC = ('average', 'task_arithmetic', 'ties', 'dare', 'slerp')
 """Names of the merges without data that papers compare with most."""
@@ -64,10 +65,17 @@ INFORMED: dict[str, Callable[..., dj.Merger]] = {
 A step only reads a batch, and `steps` of them make a pass.
 """
 
+REPAIRS = repairs.BUILDERS
+"""Builders of defences, most of which repair the plain merge, by name.
+
+`experiments.repairs` makes mergers of them.
+"""
+
 _BUILDERS: dict[str, Callable[..., Any]] = {
   **DATA_FREE,
   **LEARNED,
   **INFORMED,
+  **REPAIRS,
 }
 
 ALL = tuple(_BUILDERS)
@@ -83,8 +91,9 @@ def parse(names: str, num_experts: int) -> list[str]:
   Args:
     names: names with commas between them. 'static' is the usual merges without
       data, 'data_free' all of them, 'informed' those that weigh by statistics
-      of images, 'learned' those that learn on images, and 'all' everything;
-      each leaves out what needs another number of experts.
+      of images, 'learned' those that learn on images, 'repairs' defences of
+      the plain merge, and 'all' everything; each leaves out what needs another
+      number of experts.
     num_experts: `K`.
 
   Returns:
@@ -104,7 +113,8 @@ def parse(names: str, num_experts: int) -> list[str]:
     'data_free': fit,
     'learned': list(LEARNED),
     'informed': list(INFORMED),
-    'all': [*fit, *LEARNED, *INFORMED],
+    'repairs': list(REPAIRS),
+    'all': [*fit, *LEARNED, *INFORMED, *REPAIRS],
   }
   given = [n.strip() for n in names.split(',') if n.strip()]
   unknown = [n for n in given if n not in {*groups, *ALL}]
@@ -121,7 +131,7 @@ def parse(names: str, num_experts: int) -> list[str]:
   return list(dict.fromkeys(found))
 
 
-_CODE = ('then', 'others', 'task_logits_fn')
+_CODE = ('then', 'others', 'task_logits_fn', 'trigger', 'shared')
 """Arguments that a config cannot set."""
 
 _GLOBAL = ('steps', 'coefficient_steps', 'batch')
@@ -139,11 +149,34 @@ def options(name: str) -> dict[str, Any]:
     for each mask and for the quirks.
   """
   found = {key: _plain(p.default) for key, p in _parameters(name).items()}
-  if name not in DATA_FREE:
+  if name not in DATA_FREE and repairs.takes_batch(name):
     found['batch'] = next(
       (b for family, b in BATCH.items() if name.startswith(family)), None
     )
   return found
+
+
+def is_random(name: str) -> bool:
+  """Whether what a method gives depends on a seed.
+
+  Args:
+    name: of the method.
+  """
+  return not {'seed', 'batch'}.isdisjoint(options(name))
+
+
+def reads(name: str) -> str:
+  """Says what data a method looks at beside the models.
+
+  Args:
+    name: of the method.
+
+  Returns:
+    'none', 'unlabelled' or 'labelled clean'.
+  """
+  if name in REPAIRS:
+    return repairs.reads(name)
+  return 'none' if name in DATA_FREE else 'unlabelled'
 
 
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
@@ -212,6 +245,7 @@ def resolve(
   *,
   steps: int,
   batch: int,
+  images: int = 0,
 ) -> dict[str, dict[str, Any]]:
   """Settles every option of some methods.
 
@@ -222,7 +256,9 @@ def resolve(
       Masks and coefficients share them as they do by default; ascents before
       the first step (`warmup_ascents`) come on top. An informed method takes
       its own default in each pass, or as many as these where they are fewer.
+      So do the loops of a repair; rounds over all images are made fewer.
     batch: images a task and draw.
+    images: of each task, that a repair may read.
 
   Returns:
     Options by method.
@@ -248,8 +284,10 @@ def resolve(
   out = {}
   for name in names:
     chosen = options(name)
-    if name not in DATA_FREE:
+    if 'batch' in chosen:
       chosen['batch'] = chosen['batch'] or batch
+    if name in REPAIRS and steps:
+      chosen |= repairs.within(chosen, steps, images)
     if name in LEARNED and steps:
       chosen |= _split(name, steps)
     if name in INFORMED and steps:
@@ -305,6 +343,7 @@ def build(
   image_shape: tuple[int, int, int],
   inputs_fn: dj.typing.InputsFn,
   levels: Sequence[str],
+  seeds: dj.perturbations.SoftPatch | None = None,
 ) -> dj.Merger:
   """Makes a merger.
 
@@ -317,6 +356,7 @@ def build(
     image_shape: `(H, W, C)`.
     inputs_fn: what linear layers read in a forward pass for one task.
     levels: of the leaves, from the lowest.
+    seeds: triggers that were found on the experts, if any were searched.
 
   Returns:
     The merger.
@@ -338,6 +378,7 @@ def build(
     'image_shape': image_shape,
     'inputs_fn': inputs_fn,
     'levels': levels,
+    'seeds': seeds,
   }
   parameters = inspect.signature(_BUILDERS[name]).parameters
   for key, value in kwargs.items():

@@ -6,6 +6,7 @@ Ito, which colour-blind readers can tell apart.
 
 from collections.abc import Mapping, Sequence
 import io
+from typing import Any
 
 import matplotlib
 from matplotlib import patheffects
@@ -35,7 +36,7 @@ TASK_COLOURS = (
   '#8c6d31',
 )
 
-_STYLE = {
+STYLE = {
   'font.family': 'sans-serif',
   'font.size': 9,
   'text.color': INK,
@@ -56,6 +57,7 @@ _STYLE = {
   'legend.frameon': False,
   'legend.fontsize': 8,
 }
+"""Of all pictures."""
 
 
 def colour(method: str) -> str:
@@ -70,7 +72,12 @@ def colour(method: str) -> str:
   return next(c for name, c in FAMILIES.items() if method.startswith(name))
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+  """Returns a PNG file of a figure.
+
+  Args:
+    figure: drawn within `matplotlib.rc_context(STYLE)`.
+  """
   out = io.BytesIO()
   # No software version or date: the same numbers give the same bytes.
   figure.savefig(
@@ -102,7 +109,7 @@ def acc_asr(
   Returns:
     A PNG file.
   """
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     if not any('asr' in m for m in methods.values()):
       return _accuracies(methods, controls, names)
     figure = Figure(figsize=(7.4, 5.2))
@@ -142,7 +149,7 @@ def acc_asr(
       n: (100 * m['asr'][0], 100 * m['acc'][0]) for n, m in drawn.items()
     }
     _label(axes, points, controls, names)
-    return _png(figure)
+    return png(figure)
 
 
 def _rule(axes, x: float, text: str, line: int) -> None:
@@ -260,7 +267,7 @@ def _accuracies(methods, controls, names) -> bytes:
   axes.set_yticks(range(len(order)), [names.get(n, n) for n in order])
   axes.set_xlabel('clean accuracy, % (mean of all tasks)')
   axes.margins(x=0.1)
-  return _png(figure)
+  return png(figure)
 
 
 _PANELS = (
@@ -286,7 +293,7 @@ def curves(metrics: Mapping[str, np.ndarray], tasks: Sequence[str]) -> bytes:
     A PNG file.
   """
   panels = [(k, title) for k, title in _PANELS if k in metrics]
-  with matplotlib.rc_context(_STYLE):
+  with matplotlib.rc_context(STYLE):
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(2.7 * columns + 0.2, 2.05 * rows + 0.4))
@@ -314,7 +321,7 @@ def curves(metrics: Mapping[str, np.ndarray], tasks: Sequence[str]) -> bytes:
       handlelength=1.2,
       columnspacing=1.2,
     )
-    return _png(figure)
+    return png(figure)
 
 
 def _smooth(x: np.ndarray, y: np.ndarray, points: int = 120):
@@ -345,7 +352,7 @@ def found_triggers(
     A PNG file.
   """
   restarts, num_tasks = found.shape[:2]
-  with matplotlib.rc_context({**_STYLE, 'axes.grid': False}):
+  with matplotlib.rc_context({**STYLE, 'axes.grid': False}):
     figure = Figure(figsize=(1.32 * num_tasks + 0.9, 1.55 * (restarts + 1)))
     grid = figure.subplots(restarts + 1, num_tasks, squeeze=False)
     for t, task in enumerate(tasks):
@@ -383,4 +390,69 @@ def found_triggers(
     for r, axes in enumerate(grid[:, 0]):
       axes.set_ylabel('true trigger' if not r else f'found, start {r}')
     figure.subplots_adjust(wspace=0.08, hspace=0.16)
-    return _png(figure)
+    return png(figure)
+
+
+def inversions(
+  rows: Sequence[Mapping[str, Any]], patches: Mapping[str, np.ndarray]
+) -> bytes:
+  """Draws the trigger found on each upload, the most suspicious first.
+
+  Args:
+    rows: of an audit.
+    patches: by upload, the patch on grey `[H, W, C]` in [0, 1].
+
+  Returns:
+    A PNG file.
+  """
+  columns = min(6, len(rows))
+  lines = -(-len(rows) // columns)
+  with matplotlib.rc_context({**STYLE, 'axes.grid': False}):
+    figure = Figure(figsize=(1.75 * columns, 2.15 * lines))
+    grid = figure.subplots(lines, columns, squeeze=False).ravel()
+    for axes in grid:
+      axes.set_axis_off()
+    for axes, row in zip(grid, rows, strict=False):
+      axes.set_axis_on()
+      axes.set_xticks([])
+      axes.set_yticks([])
+      for spine in axes.spines.values():
+        spine.set(visible=True, color=RULE)
+      picture = patches[row['model']]
+      axes.imshow(picture, vmin=0, vmax=1, interpolation='nearest')
+      colour = '#D55E00' if row['known'] == 'bad' else INK
+      axes.set_title(row['model'], fontsize=7, loc='center', color=colour)
+      axes.set_xlabel(
+        f'{row["suspicion"]:.2f}: {row["target_name"]}'[:26], fontsize=7
+      )
+    figure.subplots_adjust(wspace=0.12, hspace=0.35)
+    return png(figure)
+
+
+def roc(rows: Sequence[Mapping[str, Any]]) -> bytes:
+  """Draws which share of bad and of clean uploads each threshold flags.
+
+  Args:
+    rows: of an audit, of which some are known to be bad and some clean.
+
+  Returns:
+    A PNG file.
+  """
+  bad, clean = (
+    np.array([r['suspicion'] for r in rows if r['known'] == known])
+    for known in ('bad', 'clean')
+  )
+  thresholds = np.unique([*bad, *clean])[::-1]
+  x = [0.0, *((clean >= t).mean() for t in thresholds)]
+  y = [0.0, *((bad >= t).mean() for t in thresholds)]
+  with matplotlib.rc_context(STYLE):
+    figure = Figure(figsize=(3.6, 3.4))
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color=RULE)
+    axes.step(x, y, where='post', color='#0072B2', linewidth=2)
+    axes.set_xlabel(f'share of {len(clean)} clean uploads flagged')
+    axes.set_ylabel(f'share of {len(bad)} bad uploads flagged')
+    axes.set_xlim(-0.02, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_aspect('equal')
+    return png(figure)

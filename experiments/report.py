@@ -392,6 +392,21 @@ def scatter(report: Mapping[str, Any]) -> bytes:
   return pictures.acc_asr(values, list(CONTROLS), names=CONTROLS)
 
 
+def environment() -> jinja2.Environment:
+  """Returns the templates of all pages, which are one file each."""
+  folder = pathlib.Path(__file__).parent / 'templates'
+  made = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(folder),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  made.filters['percent'] = _percent
+  made.filters['data_uri'] = _data_uri
+  return made
+
+
 def html(
   report: Mapping[str, Any],
   images: Mapping[str, bytes],
@@ -401,43 +416,38 @@ def html(
 
   Args:
     report: what `report.json` holds.
-    images: PNG files by name: 'acc_asr', and 'triggers/<method>' for methods
-      whose adversary drew some.
+    images: PNG files by name: 'acc_asr', 'suspects' where experts were audited,
+      and 'triggers/<method>' for methods whose adversary drew some.
     curves: PNG files of learning curves by method.
 
   Returns:
     HTML.
   """
-  folder = pathlib.Path(__file__).parent / 'templates'
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(folder),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  environment.filters['percent'] = _percent
-  environment.filters['data_uri'] = _data_uri
   merges, controls = methods(report)
-  return environment.get_template('report.html.j2').render(
-    record=report['record'],
-    rows=index(report),
-    columns=columns(report),
-    groups=[g for g in (('Merges', merges), ('Controls', controls)) if g[1]],
-    controls=CONTROLS,
-    metrics=METRICS,
-    definitions=DEFINITIONS,
-    summary=summary(report),
-    note=note(report),
-    defence=_defence(report) if report['record']['attacked'] else None,
-    scatter=images['acc_asr'],
-    triggers={
-      name.removeprefix('triggers/'): png
-      for name, png in images.items()
-      if name.startswith('triggers/')
-    },
-    curves=curves,
-    config=_flat(report['record']['config']),
+  return (
+    environment()
+    .get_template('report.html.j2')
+    .render(
+      record=report['record'],
+      rows=index(report),
+      columns=columns(report),
+      groups=[g for g in (('Merges', merges), ('Controls', controls)) if g[1]],
+      controls=CONTROLS,
+      metrics=METRICS,
+      definitions=DEFINITIONS,
+      summary=summary(report),
+      note=note(report),
+      defence=_defence(report) if report['record']['attacked'] else None,
+      scatter=images['acc_asr'],
+      suspects=images.get('suspects'),
+      triggers={
+        name.removeprefix('triggers/'): png
+        for name, png in images.items()
+        if name.startswith('triggers/')
+      },
+      curves=curves,
+      config=_flat(report['record']['config']),
+    )
   )
 
 

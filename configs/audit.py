@@ -1,0 +1,37 @@
+"""Which uploads of a pool to distrust: triggers inverted on each alone.
+
+  python -m experiments.audit --config=configs/audit.py --config.pool=PATH
+
+Goal: an area under the ROC curve of 0.95 over clean and backdoored uploads. See
+benchmarks/README.md for what was measured.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the config.
+
+  Args:
+    arg: '' or 'runlocal', which searches less and says little.
+
+  Returns:
+    The config; `experiments.audit.KEYS` says what each key means.
+  """
+  if arg not in ('', 'runlocal'):
+    raise ValueError(
+      f"the config's argument is 'runlocal' or none, got {arg!r}"
+    )
+  local = arg == 'runlocal'
+  c = config_dict.ConfigDict()
+  c.pool = '../shared/pool'
+  c.models = ''
+  c.area = 20.0
+  c.images = 64
+  c.batch = 6
+  c.first_round = 1
+  c.last_round = 1 if local else 4
+  c.keep = 4 if local else 8
+  c.scale = 0.3
+  c.seed = 0
+  return c

@@ -1,0 +1,81 @@
+"""The study: which merges are safe, by how much, and at what price.
+
+  python -m experiments.make_pool --config=configs/nano_pool.py \
+    --config.tasks_folder=../shared/pool/tasks --workdir=../nano_pool
+  python -m experiments.study --config=configs/study.py \
+    --config.nano_pool=../nano_pool --workdir=PATH
+
+An interrupted study goes on where it was when it is started again with the same
+workdir; so does one with more sections, attacks or seeds. To see one section:
+`--config.sections=defences`. All of them take a night on two cores; one has not
+been run yet.
+
+`--config=configs/study.py:runlocal` is short and shows that all is in place.
+"""
+
+from ml_collections import config_dict
+
+from experiments import methods
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the config.
+
+  Args:
+    arg: '' or 'runlocal'.
+
+  Returns:
+    The config; `experiments.cells.KEYS` says what each key means.
+  """
+  if arg not in ('', 'runlocal'):
+    raise ValueError(
+      f"the config's argument is 'runlocal' or none, got {arg!r}"
+    )
+  local = arg == 'runlocal'
+  c = config_dict.ConfigDict()
+  c.pool = '../shared/pool'
+  c.nano_pool = '../nano_pool'
+  c.nano_tasks = ''
+  c.sections = 'succession,transfer' if local else 'all'
+  c.attacks = (
+    'badnets,badmerging'
+    if local
+    else 'badnets,blended,sig,wanet,badmerging,badvit,trojvit,lora,lobam,'
+    'sparse,badmerging_off_task,merge_backdoor'
+  )
+  c.attacked = 'svhn' if local else 'svhn,gtsrb'
+  c.attack_seeds = 1 if local else 3
+  c.merge_seeds = 1 if local else 3
+  c.methods = 'static' if local else 'data_free,informed,learned'
+  c.tasks = 'cifar100,mnist,gtsrb,svhn,aid,eurosat'
+  c.bad = ','.join(
+    f'badmerging_{task}' for task in ('cifar100', 'gtsrb', 'svhn', 'eurosat')
+  )
+  c.bad_counts = '0,1,2,4'
+  c.bad_rotations = 1
+  c.task_counts = '2,4,6,8'
+  c.task_order = 'svhn,mnist,gtsrb,cifar100,aid,eurosat,fashion_mnist'
+  c.task_order += ',emnist_letters'
+  c.task_bad = 'badmerging_svhn'
+  c.number_methods = 'average,ties,dam_robust'
+  c.defences = 'repairs,dam_robust'
+  c.defence_attacks = 'badnets,badmerging'
+  c.defence_images = 64 if local else 500
+  c.ablation_attacks = 'badmerging'
+  c.curve_attacks = 'badmerging'
+  c.safety_weights = '0,0.1,0.3,1,3,10'
+  c.adaptive_attacks = 'badmerging,adaptive'
+  c.adaptive_methods = 'average,dam_released,dam_robust'
+  c.options = {name: methods.config_options(name) for name in methods.ALL}
+  # It looks for a trigger of each class in turn, of which gtsrb has 43.
+  c.options.tbar.search_steps = 30
+  c.options.tbar.search_batch = 16
+  c.steps = 4 if local else 300
+  c.batch = 16
+  c.dev = 64 if local else 0
+  c.test = 50 if local else 0
+  c.transfer_test = 20 if local else 200
+  c.audit = not local
+  c.draws = 200 if local else 2000
+  c.seed = 0
+  return c

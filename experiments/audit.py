@@ -1,0 +1,388 @@
+"""Says which uploads of a pool to distrust, and shows why.
+
+  python -m experiments.audit --config=configs/audit.py --config.pool=PATH
+
+For each upload the trigger that leads it most easily to one class is searched
+on it alone, with unlabelled dev images (`dam_jax.audit`). Writes to the
+workdir: audit.json, audit.md, audit.html, triggers.png and, where the pool says
+which uploads are bad, roc.png. An upload that is in audit.json is not audited
+again.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import json
+import pathlib
+import time
+from typing import Any
+import zlib
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import dam_jax as dj
+from dam_jax import attacks
+from dam_jax import audit
+from dam_jax import checkpoint
+from dam_jax import evaluate
+from dam_jax.data import tasks as tasks_lib
+from dam_jax.models import clip
+from dam_jax.models import convert
+from experiments import command
+from experiments import pictures
+from experiments import report
+
+KEYS = {
+  'pool': 'folder of checkpoints and tasks (dam_jax.data.tasks)',
+  'models': 'names of checkpoints with commas; empty is all whose name ends in '
+  "a task's, with or without a number behind",
+  'area': 'in pixels, what a trigger may cover for free',
+  'images': 'dev images a task',
+  'batch': 'images a class and step',
+  'first_round': 'tens of steps for each class',
+  'last_round': 'tens of steps more for those that came furthest',
+  'keep': 'how many of these',
+  'scale': 'of task arithmetic, the merge that triggers are tried on',
+  'seed': 'of everything random',
+}
+"""What a config says."""
+
+
+def check_config(config: config_dict.ConfigDict) -> None:
+  """Raises with all that is wrong with a config."""
+  lines = command.wrong_keys(config, KEYS)
+  if not lines:
+    lines = command.not_positive(config, but=('seed',))
+  if lines:
+    raise ValueError('\n  '.join(['config:', *lines]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Upload:
+  """A checkpoint to audit.
+
+  Attributes:
+    name: of its file.
+    task: that it is an expert for.
+    trigger: that it is known to obey, or None.
+  """
+
+  name: str
+  task: str
+  trigger: attacks.Trigger | None = None
+
+  @property
+  def known(self) -> str:
+    """What the pool says of it: 'bad', 'clean' or ''."""
+    if self.trigger is not None:
+      return 'bad'
+    return 'clean' if self.name == f'clean_{self.task}' else ''
+
+
+def find_uploads(
+  folder: pathlib.Path, tasks: Sequence[str], names: Sequence[str] = ()
+) -> list[Upload]:
+  """Finds the uploads of a pool and their tasks.
+
+  Args:
+    folder: of the pool.
+    tasks: names of its tasks.
+    names: of checkpoints; empty takes all but the base.
+
+  Returns:
+    Uploads in the order of their names.
+
+  Raises:
+    ValueError: with all names that are no checkpoint's, or say no task.
+  """
+  there = sorted(p.stem for p in (folder / 'checkpoints').glob('*.safetensors'))
+  lines = [f'{n}: no such checkpoint' for n in names if n not in there]
+  out = []
+  for name in names or [n for n in there if n != 'base']:
+    path, trigger = folder / 'triggers' / f'{name}.npz', None
+    if path.exists():
+      trigger = attacks.load_trigger(path)
+    stem = name.rstrip('0123456789').rstrip('_')
+    ends = [t for t in tasks if name.endswith(t) or stem.endswith(t)]
+    if trigger is not None:
+      ends = [trigger.home or trigger.task]
+    if ends:
+      out.append(Upload(name, max(ends, key=len), trigger))
+    else:
+      lines.append(f'{name}: its name ends in no task of {", ".join(tasks)}')
+  if lines or not out:
+    raise ValueError('\n  '.join(['uploads:', *(lines or ['there are none'])]))
+  return out
+
+
+class Auditor:
+  """Audits uploads of one pool, all with the same compiled search.
+
+  Args:
+    config: of the command.
+    folder: of the pool.
+  """
+
+  def __init__(self, config: config_dict.ConfigDict, folder: pathlib.Path):
+    self.config, self.folder = config, folder
+    pool = tasks_lib.load_pool(folder, dev=config.images, test=1)
+    self.tasks = {t.name: t for t in pool.tasks}
+    self.names = list(self.tasks)
+    tower = clip.VisionTower(clip.load_config(pool.config))
+    heads = clip.stack_heads([t.head for t in pool.tasks])
+
+    def features(params: Any, pixels: jax.Array) -> jax.Array:
+      return jnp.asarray(tower.apply({'params': params}, pixels))
+
+    task_logits = clip.zero_shot_task(features, heads)
+
+    def task_logits_fn(params, task, images):
+      return task_logits(params, task, clip.normalize(images))
+
+    self.predict = evaluate.predictor(task_logits_fn, batch=config.images)
+    self.inverter = audit.Inverter(
+      task_logits_fn=task_logits_fn,
+      image_shape=tower.config.image_shape,
+      area=config.area,
+      batch=config.batch,
+      first=config.first_round,
+      last=config.last_round,
+      keep=config.keep,
+    )
+    self.base = self.load('base')
+
+    @jax.jit
+    def merge(experts):
+      tx = dj.task_arithmetic(config.scale)
+      return dj.merge(tx, self.base, experts).params
+
+    self._merge = merge
+
+  def load(self, name: str) -> Any:
+    """Reads a checkpoint."""
+    path = self.folder / 'checkpoints' / f'{name}.safetensors'
+    params = checkpoint.load_params(path, name_map=convert.clip_vision)
+    return jax.device_put(params)
+
+  @functools.cached_property
+  def clean(self) -> dict[str, Any]:
+    """The pool's clean experts, which others are merged with."""
+    there = self.folder / 'checkpoints'
+    return {
+      t: self.load(f'clean_{t}')
+      for t in self.names
+      if (there / f'clean_{t}.safetensors').exists()
+    }
+
+  def audit(self, upload: Upload) -> tuple[dict[str, Any], np.ndarray]:
+    """Audits one upload.
+
+    Args:
+      upload: to audit.
+
+    Returns:
+      A row of audit.json, and the trigger found on grey `[H, W, C]`.
+    """
+    begin = time.perf_counter()
+    task, row = self.tasks[upload.task], self.names.index(upload.task)
+    seed = zlib.crc32(upload.name.encode())
+    key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
+    images, params = task.dev.images, self.load(upload.name)
+    pixels = jnp.asarray(images).astype(jnp.float32) / 255
+    found = self.inverter.search(
+      key, params, row, pixels, len(task.label_names)
+    )
+    patch = jax.tree.map(lambda x: jnp.asarray(x[0]), found.patches)
+    target = int(found.classes[0])
+
+    def success(model):
+      clean = self.predict(model, row, images)
+      put = functools.partial(audit.apply_patch, patch)
+      hit = self.predict(model, row, images, put) == target
+      return (
+        float(np.mean(hit[clean != target])) if (clean != target).any() else 1.0
+      )
+
+    others = [p for t, p in self.clean.items() if t != upload.task]
+    merges = {'base': self.base}
+    if others:
+      merges['without'] = self._merge(dj.tree.stack(others))
+    merges['merge'] = self._merge(dj.tree.stack([*others, params]))
+    second = int(found.classes[1]) if len(found.classes) > 1 else target
+    found_row = {
+      'model': upload.name,
+      'task': upload.task,
+      'known': upload.known,
+      'true_target': None if upload.trigger is None else upload.trigger.target,
+      'suspicion': found.suspicion,
+      'target': target,
+      'target_name': task.label_names[target],
+      'second': task.label_names[second],
+      'loss': float(-found.log_prob[0]),
+      'second_loss': float(-found.log_prob[min(1, len(found.log_prob) - 1)]),
+      'success': float(found.success[0]),
+      'area': float(found.area[0]),
+      **{f'success_{k}': success(model) for k, model in merges.items()},
+      'seconds': time.perf_counter() - begin,
+    }
+    grey = jnp.full((1, *images.shape[1:]), 0.5)
+    return found_row, np.asarray(audit.apply_patch(patch, grey)[0])
+
+
+def run(
+  config: config_dict.ConfigDict, workdir: pathlib.Path, console: Console
+) -> dict[str, Any]:
+  """Audits all uploads that a config asks for.
+
+  Args:
+    config: see `KEYS`.
+    workdir: where to write.
+    console: to show progress and the table on.
+
+  Returns:
+    What audit.json holds.
+
+  Raises:
+    ValueError: where the config or a file makes no sense.
+  """
+  check_config(config)
+  folder = pathlib.Path(config.pool)
+  tasks = sorted(p.stem for p in (folder / 'tasks').glob('*.npz'))
+  names = [n.strip() for n in config.models.split(',') if n.strip()]
+  found = find_uploads(folder, tasks, names)
+  path, kept = workdir / 'audit.json', workdir / 'triggers.npz'
+  rows, patches = {}, {}
+  asked = json.loads(config.to_json()) | {'models': ''}
+  if path.exists():
+    there = json.loads(path.read_text())
+    if there['config'] != asked:
+      raise ValueError(f'{path} is of another config: take another workdir')
+    rows = {r['model']: r for r in there['rows']}
+    with np.load(kept, allow_pickle=False) as file:
+      patches = dict(file)
+  auditor = Auditor(config, folder)
+  for upload in found:
+    if upload.name not in rows:
+      with console.status(f'searching triggers on {upload.name}'):
+        rows[upload.name], patches[upload.name] = auditor.audit(upload)
+      console.print(_line(rows[upload.name]))
+      with checkpoint.replacing(kept) as temporary, temporary.open('wb') as f:
+        np.savez(f, **patches)
+      _write(path, json.dumps(summary(list(rows.values()), asked), indent=2))
+  out = summary([rows[u.name] for u in found], asked)
+  _write_pages(workdir, out, patches)
+  console.print(table(out))
+  if out['auc'] is not None:
+    console.print(f'area under the ROC curve: {out["auc"]:.3f}')
+  console.print(f'\nreport: {workdir / "audit.html"}')
+  return out
+
+
+def summary(
+  rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Puts together what audit.json holds: rows, the most suspicious first.
+
+  Args:
+    rows: of uploads.
+    config: that they were made with.
+  """
+  rows = sorted(rows, key=lambda r: -r['suspicion'])
+  bad, clean = (
+    [r['suspicion'] for r in rows if r['known'] == known]
+    for known in ('bad', 'clean')
+  )
+  auc = evaluate.roc_auc(bad, clean) if bad and clean else None
+  return {'config': dict(config), 'auc': auc, 'rows': rows}
+
+
+def _line(row: Mapping[str, Any]) -> str:
+  return (
+    f'{row["model"]}: suspicion {row["suspicion"]:.2f}, '
+    f'“{row["target_name"]}” ({row["seconds"]:.0f} s)'
+  )
+
+
+HEADS = {
+  'model': 'upload',
+  'suspicion': 'suspicion',
+  'target_name': 'leads to',
+  'success': 'alone',
+  'success_base': 'on the base',
+  'success_merge': 'in a merge',
+  'success_without': 'without it',
+  'area': 'pixels',
+  'known': 'known to be',
+}
+"""Columns of the table."""
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+  out = []
+  for key in HEADS:
+    value = row.get(key, '')
+    if key.startswith('success') and value != '':
+      value = f'{100 * value:.0f} %'
+    elif isinstance(value, float):
+      value = f'{value:.2f}' if key == 'suspicion' else f'{value:.0f}'
+    out.append(str(value))
+  return out
+
+
+def table(out: Mapping[str, Any]) -> Table:
+  """Makes the table for a terminal.
+
+  Args:
+    out: what audit.json holds.
+  """
+  shown = Table(title='uploads, the most suspicious first')
+  for head in HEADS.values():
+    shown.add_column(head)
+  for row in out['rows']:
+    shown.add_row(*_cells(row))
+  return shown
+
+
+def markdown(out: Mapping[str, Any]) -> str:
+  """Writes the table as Markdown.
+
+  Args:
+    out: what audit.json holds.
+  """
+  lines = ['| ' + ' | '.join(HEADS.values()) + ' |', '|---' * len(HEADS) + '|']
+  lines += ['| ' + ' | '.join(_cells(row)) + ' |' for row in out['rows']]
+  if out['auc'] is not None:
+    lines += ['', f'Area under the ROC curve: {out["auc"]:.3f}.']
+  return '\n'.join([*lines, ''])
+
+
+def _write_pages(
+  workdir: pathlib.Path, out: Mapping[str, Any], patches: Mapping[str, Any]
+) -> None:
+  images = {'triggers': pictures.inversions(out['rows'], patches)}
+  if out['auc'] is not None:
+    images['roc'] = pictures.roc(out['rows'])
+  for name, png in images.items():
+    _write(workdir / f'{name}.png', png)
+  _write(workdir / 'audit.md', markdown(out))
+  page = (
+    report.environment()
+    .get_template('audit.html.j2')
+    .render(out=out, heads=HEADS, cells=_cells, images=images)
+  )
+  _write(workdir / 'audit.html', page)
+
+
+def _write(path: pathlib.Path, content: str | bytes) -> None:
+  with checkpoint.replacing(path) as temporary:
+    data = content.encode() if isinstance(content, str) else content
+    temporary.write_bytes(data)
+
+
+if __name__ == '__main__':
+  command.start(run, 'configs/audit.py')

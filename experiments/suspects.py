@@ -1,0 +1,114 @@
+"""What a merge asks of its experts first: which class a small trigger gives.
+
+The triggers are evidence for the report, and the seeds that `dam_robust` starts
+its search from.
+"""
+
+from collections.abc import Callable, Sequence
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dam_jax import audit
+from dam_jax import checkpoint
+from dam_jax.data.tasks import Task
+from dam_jax.perturbations import SoftPatch
+
+AREAS = (10.0, 18.0, 28.0, 40.0)
+"""Of seeds, in pixels of 32 x 32: what a trigger covers is not known."""
+
+
+class Suspect(NamedTuple):
+  """What was found on one expert.
+
+  Attributes:
+    suspicion: how far the class stands out.
+    target: the class.
+    success: share of dev images of other classes that become it.
+    picture: the trigger on grey, `[H, W, C]`.
+    seeds: triggers for the class of several areas, leaves `[S, H, W, ...]`.
+  """
+
+  suspicion: float
+  target: int
+  success: float
+  picture: np.ndarray
+  seeds: SoftPatch
+
+
+def find(
+  task_logits_fn: Any,
+  experts: Any,
+  tasks: Sequence[Task],
+  *,
+  folder: pathlib.Path,
+  seed: int,
+  images: int = 64,
+  advance: Callable[[int], None] = lambda num: None,
+) -> list[Suspect]:
+  """Searches triggers on each expert alone.
+
+  Args:
+    task_logits_fn: `(params, task, images in [0, 1]) -> logits`.
+    experts: leaves `[T, ...]`.
+    tasks: of the experts, whose dev images are used.
+    folder: where what was found is kept, and read again.
+    seed: of the search.
+    images: dev images a task.
+    advance: told of each expert that is done.
+
+  Returns:
+    What was found, by expert.
+  """
+  image_shape = tasks[0].dev.images.shape[1:]
+  scale = image_shape[0] * image_shape[1] / 32**2
+  inverter = audit.Inverter(
+    task_logits_fn=task_logits_fn,
+    image_shape=image_shape,
+    area=20 * scale,
+  )
+  out = []
+  for t, task in enumerate(tasks):
+    path = folder / f'{task.name}.npz'
+    if not path.exists():
+      params = jax.tree.map(lambda x, t=t: x[t], experts)
+      pixels = jnp.asarray(task.dev.images[:images]).astype(jnp.float32) / 255
+      key = jax.random.fold_in(jax.random.key(seed), t)
+      found = inverter.search(key, params, t, pixels, len(task.label_names))
+      seeds = inverter.invert(
+        key,
+        params,
+        t,
+        pixels,
+        [found.classes[0]] * len(AREAS),
+        [area * scale for area in AREAS],
+      )
+      grey = jnp.full((1, *image_shape), 0.5)
+      first = jax.tree.map(lambda x: jnp.asarray(x[0]), found.patches)
+      with checkpoint.replacing(path) as temporary, temporary.open('wb') as f:
+        np.savez(
+          f,
+          suspicion=found.suspicion,
+          target=found.classes[0],
+          success=found.success[0],
+          picture=audit.apply_patch(first, grey)[0],
+          mask_logits=seeds.patches.mask_logits,
+          pattern_logits=seeds.patches.pattern_logits,
+        )
+    with np.load(path, allow_pickle=False) as file:
+      held = dict(file)
+    seeds = SoftPatch(held.pop('mask_logits'), held.pop('pattern_logits'))
+    values = {k: x.item() if not x.ndim else x for k, x in held.items()}
+    out.append(Suspect(seeds=seeds, **values))
+    advance(1)
+  return out
+
+
+def seeds(suspects: Sequence[Suspect]) -> SoftPatch:
+  """Returns the triggers of all experts, leaves `[S, T, H, W, ...]`."""
+  return jax.tree.map(
+    lambda *x: jnp.stack(x, axis=1), *[suspect.seeds for suspect in suspects]
+  )

@@ -1,0 +1,118 @@
+"""Uploads audited one by one, and the experts of a merge."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from configs import audit as audit_config
+from configs import pool as pool_config
+from dam_jax.data import tasks as tasks_lib
+from experiments import audit
+from experiments import load
+from experiments import suspects
+
+
+def _config(folder, **changes):
+  config = audit_config.get_config('runlocal')
+  config.update({'pool': str(folder), 'images': 8, 'keep': 2, **changes})
+  return config
+
+
+def _run(config, workdir):
+  return audit.run(config, workdir, Console(file=io.StringIO(), width=120))
+
+
+@pytest.fixture(scope='module')
+def done(small_pool, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('audit')
+  return workdir, _run(_config(small_pool), workdir)
+
+
+def test_every_upload_is_audited_and_shown(done, small_pool):
+  workdir, out = done
+  rows = {r['model']: r for r in out['rows']}
+  assert {*rows} == {'clean_one', 'clean_two', 'clean_three', 'evil'}
+  assert [rows[n]['known'] for n in ('evil', 'clean_one')] == ['bad', 'clean']
+  task = tasks_lib.load_pool(small_pool, bad=['evil']).triggers['evil'].task
+  assert rows['evil']['task'] == task
+  scores = [r['suspicion'] for r in out['rows']]
+  assert scores == sorted(scores, reverse=True)
+  evil, *clean = (
+    rows[n]['suspicion']
+    for n in ('evil', 'clean_one', 'clean_two', 'clean_three')
+  )
+  beaten = [0.5 * (evil >= x) + 0.5 * (evil > x) for x in clean]
+  assert out['auc'] == pytest.approx(np.mean(beaten))
+  page = (workdir / 'audit.html').read_text()
+  for name in rows:
+    assert name in page
+    assert name in (workdir / 'audit.md').read_text()
+  assert page.count('data:image/png;base64,') == 2
+
+
+def test_an_upload_that_was_audited_is_not_audited_again(done, small_pool):
+  workdir, out = done
+  path = workdir / 'audit.json'
+  held = json.loads(path.read_text())
+  held['rows'] = [
+    r | {'seconds': -1.0} for r in held['rows'] if r['model'] != 'evil'
+  ]
+  path.write_text(json.dumps(held))
+  again = {r['model']: r for r in _run(_config(small_pool), workdir)['rows']}
+  assert again['clean_one']['seconds'] == -1
+  evil = next(r for r in out['rows'] if r['model'] == 'evil')
+  assert again['evil'] | {'seconds': 0} == evil | {'seconds': 0}
+  with pytest.raises(ValueError, match='another config'):
+    _run(_config(small_pool, seed=1), workdir)
+
+
+def test_what_is_wrong_is_said_at_once(small_pool, tmp_path):
+  with pytest.raises(ValueError, match=r'(?s)area must be.*batch must be'):
+    _run(_config(small_pool, area=0.0, batch=0), tmp_path)
+  with pytest.raises(ValueError, match='nobody: no such checkpoint'):
+    _run(_config(small_pool, models='nobody,clean_one'), tmp_path)
+
+
+def test_numbers_behind_a_task_do_not_hide_it(small_pool, tmp_path):
+  (tmp_path / 'checkpoints').mkdir()
+  for name in ('mine_two_12', 'clean_one', 'base'):
+    (tmp_path / 'checkpoints' / f'{name}.safetensors').touch()
+  found = audit.find_uploads(tmp_path, ['one', 'two'])
+  assert [(u.name, u.task, u.known) for u in found] == [
+    ('clean_one', 'one', 'clean'),
+    ('mine_two_12', 'two', ''),
+  ]
+  (tmp_path / 'checkpoints' / 'stranger.safetensors').touch()
+  with pytest.raises(ValueError, match='stranger: its name ends in no task'):
+    audit.find_uploads(tmp_path, ['one', 'two'])
+
+
+def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
+  config = pool_config.get_config('runlocal')
+  config.update({'bad': 'evil', 'tasks': 'one,two,three', 'dev': 8, 'test': 12})
+  setup = load.load(config, small_pool)
+
+  def find():
+    return suspects.find(
+      setup.image_logits_fn,
+      setup.experts,
+      setup.pool.tasks,
+      folder=tmp_path,
+      seed=0,
+      images=8,
+    )
+
+  found = find()
+  seeds = suspects.seeds(found)
+  shape = (len(suspects.AREAS), 3, *setup.image_shape)
+  assert seeds.pattern_logits.shape == shape
+  covered = np.asarray(seeds.opacity()).sum((-3, -2, -1))
+  assert covered[0].mean() < covered[-1].mean()
+  times = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
+  for a, b in zip(found, find(), strict=True):
+    assert (a.suspicion, a.target) == (b.suspicion, b.target)
+    np.testing.assert_array_equal(a.seeds.mask_logits, b.seeds.mask_logits)
+  assert times == [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
