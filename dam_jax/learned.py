@@ -359,16 +359,13 @@ def dam_robust(
   A backdoored expert behaves on clean images, and is only ever asked about
   those. Each expert and parameter has a coefficient `2 init sigmoid(L)`. It
   minimises the cross-entropy of the merged model to each expert's own
-  predictions on clean images and, for the same predictions, on images with a
-  soft patch that fools the merged model and is itself learned. An untargeted
-  patch may never meet a backdoor on the merged model; on the expert alone it
-  mostly does, so that is where patches start.
+  predictions on clean images, and on images with a soft patch that learns to
+  fool the expert alone, where it mostly meets a backdoor, then the merge.
 
   Args:
     logits_fn: one forward pass for all tasks.
     image_shape: `(H, W, C)`.
-    task_logits_fn: one forward pass for one task; where given, the patches
-      first learn to fool each expert alone, which leads them to its backdoor.
+    task_logits_fn: one forward pass for one task, for patches on experts alone.
     granularity: 'arithmetic' has only the masks; 'task' and 'leaf' also learn
       coefficients together with them.
     init: every coefficient at the start.
@@ -378,8 +375,7 @@ def dam_robust(
       the same share of another image.
     adversary_tx: learns the patches.
     ascents: its steps before each step of the masks.
-    restarts: patches a task, which take turns to ascend; the images of a step
-      of the masks are dealt to all.
+    restarts: patches a task, which take turns to ascend and share the images.
     warmup_ascents: steps of each patch before the first step of the masks.
     seeds: more patches, leaves `[seeds, T, H, W, ...]`, which stay as they are:
       triggers that `dam_jax.audit` inverted on each expert alone.
@@ -398,12 +394,13 @@ def dam_robust(
     After Yang et al., `Mitigating the Backdoor Effect for Multi-Task Model
     Merging via Safety-Aware Subspace <https://arxiv.org/abs/2410.13910>`_, 2025
   """
-  arithmetic = granularity == 'arithmetic'
   if area is None:
     area = 40 / 32**2 * image_shape[0] * image_shape[1]
   spec = MetaSpec(
     coefficients=Coefficients(
-      init=init, granularity=granularity, joint_tx=None if arithmetic else tx
+      init=init,
+      granularity=granularity,
+      joint_tx=None if granularity == 'arithmetic' else tx,
     ),
     masks={'task': mask},
     updates=[(('task',), 1.0, safety_weight)],

@@ -31,16 +31,15 @@ LAYERS = (
     'statistics',
     'transforms',
   ),
-  ('aggregators', 'localization', 'pruning'),
+  ('aggregators', 'attacks', 'localization', 'pruning'),
   ('competition', 'geometry', 'weighted'),
   ('meta_spec',),
   ('meta',),
-  ('defences', 'informed', 'learned', 'recipes', 'spectral'),
+  ('audit', 'defences', 'informed', 'learned', 'recipes', 'spectral'),
   ('catalogue',),
 )
 # What stands beside the layers, and all that it may import of the package.
 BESIDE = {
-  'attacks': ('typing', 'tree', 'losses'),
   'evaluate': ('typing', 'tree', 'losses'),
   'checkpoint': ('typing', 'tree', 'base'),
   'metric_writer': ('typing', 'tree', 'base'),

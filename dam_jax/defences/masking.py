@@ -222,6 +222,47 @@ def _ascend_signs(grad_fn, noise, eps, steps):
   return noise
 
 
+def _weigh(
+  apply_fn,
+  tx,
+  params,
+  masks,
+  data,
+  keys,
+  *,
+  alpha,
+  gamma,
+  batch,
+  adversary_lr,
+  bound,
+):
+  """Takes AWM's rounds from masks of ones; keys are `[rounds, 2, steps]`."""
+
+  def objective(masks, images, labels, change):
+    masked = multiply(params, masks)
+    changed = jnp.clip(images + change, 0, 1)
+    clean = _mean_loss(apply_fn, masked, images, labels)
+    fooled = _mean_loss(apply_fn, masked, changed, labels)
+    return alpha * clean + (1 - alpha) * fooled + gamma * optax.tree.sum(masks)
+
+  def whole(carry, keys):
+    masked = multiply(params, carry[0])
+    change = _universal(
+      apply_fn, masked, data, keys[0], batch, adversary_lr, bound
+    )
+
+    def step(carry, key):
+      masks, state = carry
+      grads = jax.grad(objective)(masks, *data.draw(key, batch), change)
+      updates, state = tx.update(grads, state, masks)
+      masks = optax.apply_updates(masks, updates)
+      return (optax.tree.clip(masks, 0.0, 1.0), state), None
+
+    return jax.lax.scan(step, carry, keys[1])
+
+  return jax.lax.scan(whole, (masks, tx.init(masks)), keys)[0][0]
+
+
 def awm(
   *,
   leaves: str = '.*',
@@ -290,37 +331,18 @@ def awm(
     found = tree.flatten(params)
     ones = {k: jnp.ones(found[k].shape) for k in matching(params, leaves)}
 
-    @jax.jit
-    def train(params, data, keys):
-      def whole(carry, keys):
-        masks = carry[0]
-        masked = multiply(params, masks)
-        change = _universal(
-          apply_fn, masked, data, keys[0], batch, adversary_lr, bound
-        )
-
-        def step(carry, key):
-          masks, state = carry
-          images, labels = data.draw(key, batch)
-          changed = jnp.clip(images + change, 0, 1)
-
-          def objective(masks):
-            masked = multiply(params, masks)
-            clean = _mean_loss(apply_fn, masked, images, labels)
-            fooled = _mean_loss(apply_fn, masked, changed, labels)
-            price = gamma * optax.tree.sum(masks)
-            return alpha * clean + (1 - alpha) * fooled + price
-
-          updates, state = tx.update(jax.grad(objective)(masks), state, masks)
-          masks = optax.apply_updates(masks, updates)
-          return (optax.tree.clip(masks, 0.0, 1.0), state), None
-
-        return jax.lax.scan(step, carry, keys[1])
-
-      return jax.lax.scan(whole, (ones, tx.init(ones)), keys)[0][0]
-
+    train = jax.jit(
+      functools.partial(
+        *(_weigh, apply_fn, tx),
+        alpha=alpha,
+        gamma=gamma,
+        batch=batch,
+        adversary_lr=adversary_lr,
+        bound=bound,
+      )
+    )
     keys = jax.random.split(jax.random.key(seed), (rounds, 2, steps))
-    return multiply(params, train(params, data, keys))
+    return multiply(params, train(params, ones, data, keys))
 
   return Defence(Labelled, repair)
 
