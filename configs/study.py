@@ -67,9 +67,6 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.adaptive_attacks = 'badmerging,adaptive'
   c.adaptive_methods = 'average,dam_released,dam_robust'
   c.options = {name: methods.config_options(name) for name in methods.ALL}
-  # It looks for a trigger of each class in turn, of which gtsrb has 43.
-  c.options.tbar.search_steps = 30
-  c.options.tbar.search_batch = 16
   c.steps = 4 if local else 300
   c.batch = 16
   c.dev = 64 if local else 0

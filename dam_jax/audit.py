@@ -113,7 +113,7 @@ class Inverter:
   image_shape: tuple[int, int, int]
   area: float
   price: float = 2.0
-  tx: optax.GradientTransformation = optax.adam(0.2)
+  tx: optax.GradientTransformation = optax.adam(0.5)
   batch: int = 6
   first: int = 1
   last: int = 4

@@ -102,7 +102,7 @@ def test_given_classes_keep_their_order_and_their_areas(model, images):
     jax.random.key(4), model[2], 0, images, [5, 1, 5], [2.0, 4.0, 8.0]
   )
   assert [*found.classes] == [5, 1, 5]
-  assert found.area[0] < 4 < found.area[2] < 12
+  assert found.area[0] < 0.7 * found.area[2] < 6, found.area
   with pytest.raises(ValueError, match='must be in'):
     inverter.invert(jax.random.key(4), model[2], 0, images, [5], [40.0])
 

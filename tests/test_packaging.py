@@ -31,11 +31,11 @@ LAYERS = (
     'statistics',
     'transforms',
   ),
-  ('aggregators', 'attacks', 'localization', 'pruning'),
+  ('aggregators', 'attacks', 'audit', 'localization', 'pruning'),
   ('competition', 'geometry', 'weighted'),
   ('meta_spec',),
   ('meta',),
-  ('audit', 'defences', 'informed', 'learned', 'recipes', 'spectral'),
+  ('defences', 'informed', 'learned', 'recipes', 'spectral'),
   ('catalogue',),
 )
 # What stands beside the layers, and all that it may import of the package.

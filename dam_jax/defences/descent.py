@@ -1,6 +1,6 @@
 """The one training loop of the defences, and the check of their numbers.
 
-What is trained is any pytree; the defences ravel theirs to one vector.
+What is trained is any pytree: masks, or a model as one vector.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -24,6 +24,8 @@ def descend(
   params: Any,
   keys: jax.Array,
   state: Any = None,
+  *,
+  project: Callable[[Any], Any] = lambda params: params,
 ) -> tuple[Any, Any]:
   """Takes one step a key.
 
@@ -33,6 +35,7 @@ def descend(
     params: where to start, any pytree.
     keys: `[steps]`.
     state: of `tx`, None for a fresh one.
+    project: back into the allowed set, after each step.
 
   Returns:
     Where it leads, and the state there.
@@ -41,7 +44,7 @@ def descend(
   def step(carry, key):
     params, state = carry
     updates, state = tx.update(grad_fn(params, key), state, params)
-    return (optax.apply_updates(params, updates), state), None
+    return (project(optax.apply_updates(params, updates)), state), None
 
   state = tx.init(params) if state is None else state
   return jax.lax.scan(step, (params, state), keys)[0]

@@ -28,10 +28,11 @@ import optax
 
 from dam_jax import losses
 from dam_jax import tree
+from dam_jax.defences.descent import check_at_least
+from dam_jax.defences.descent import descend
 from dam_jax.defences.interface import Defence
 from dam_jax.defences.interface import Labelled
 from dam_jax.defences.pruning import biases
-from dam_jax.defences.pruning import check_counts
 from dam_jax.defences.pruning import keeps_accuracy
 from dam_jax.defences.pruning import matching
 from dam_jax.defences.pruning import multiply
@@ -50,6 +51,10 @@ def _check_positive(**values: float) -> None:
   for name, value in values.items():
     if not 0 < value < math.inf:
       raise ValueError(f'{name} must be positive and finite, got {value}')
+
+
+def _to_unit(masks):
+  return optax.tree.clip(masks, 0.0, 1.0)
 
 
 def _mean_loss(apply_fn, params, images, labels):
@@ -104,11 +109,10 @@ def anp(
     <https://arxiv.org/abs/2110.14430>`_, 2021
   """
   check_finite('eps', eps)
-  if eps < 0:
-    raise ValueError(f'eps must not be negative, got {eps}')
+  check_at_least(0, eps=eps)
   check_share('alpha', alpha, zero=True, one=True)
   check_share('max_drop', max_drop, zero=True, one=True)
-  check_counts(adversary_steps=adversary_steps, steps=steps, batch=batch)
+  check_at_least(1, adversary_steps=adversary_steps, steps=steps, batch=batch)
   if not thresholds or not all(0 <= x <= 1 for x in thresholds):
     raise ValueError(f'thresholds must be in [0, 1], got {thresholds}')
 
@@ -183,8 +187,7 @@ def neuron_masks(
 
   @jax.jit
   def train(params, data, keys):
-    def step(carry, key):
-      masks, state = carry
+    def grad_fn(masks, key):
       draw_key, noise_key = jax.random.split(key)
       images, labels = data.draw(draw_key, batch)
 
@@ -202,11 +205,9 @@ def neuron_masks(
         plain = loss_fn(masks, optax.tree.zeros_like(noise))
         return alpha * plain + (1 - alpha) * loss_fn(masks, noise)
 
-      updates, state = tx.update(jax.grad(objective)(masks), state, masks)
-      masks = optax.apply_updates(masks, updates)
-      return (optax.tree.clip(masks, 0.0, 1.0), state), None
+      return jax.grad(objective)(masks)
 
-    return jax.lax.scan(step, (ones, tx.init(ones)), keys)[0][0]
+    return descend(grad_fn, tx, ones, keys, project=_to_unit)[0]
 
   return train(params, data, jax.random.split(jax.random.key(seed), steps))
 
@@ -246,19 +247,16 @@ def _weigh(
     return alpha * clean + (1 - alpha) * fooled + gamma * optax.tree.sum(masks)
 
   def whole(carry, keys):
-    masked = multiply(params, carry[0])
+    masks, state = carry
+    masked = multiply(params, masks)
     change = _universal(
       apply_fn, masked, data, keys[0], batch, adversary_lr, bound
     )
 
-    def step(carry, key):
-      masks, state = carry
-      grads = jax.grad(objective)(masks, *data.draw(key, batch), change)
-      updates, state = tx.update(grads, state, masks)
-      masks = optax.apply_updates(masks, updates)
-      return (optax.tree.clip(masks, 0.0, 1.0), state), None
+    def grad_fn(masks, key):
+      return jax.grad(objective)(masks, *data.draw(key, batch), change)
 
-    return jax.lax.scan(step, carry, keys[1])
+    return descend(grad_fn, tx, masks, keys[1], state, project=_to_unit), None
 
   return jax.lax.scan(whole, (masks, tx.init(masks)), keys)[0][0]
 
@@ -316,12 +314,11 @@ def awm(
   check_share('alpha', alpha, zero=True, one=True)
   check_share('decay', decay, zero=False, one=True)
   check_finite('gamma', gamma)
-  if gamma < 0:
-    raise ValueError(f'gamma must not be negative, got {gamma}')
+  check_at_least(0, gamma=gamma)
   _check_positive(lr=lr, adversary_lr=adversary_lr)
   if l1_norm is not None:
     _check_positive(l1_norm=l1_norm)
-  check_counts(rounds=rounds, epochs=epochs, batch=batch)
+  check_at_least(1, rounds=rounds, epochs=epochs, batch=batch)
 
   def repair(params, apply_fn, data):
     size, num = math.prod(data.images.shape[2:]), data.labels.shape[1]

@@ -24,6 +24,8 @@ import optax
 
 from dam_jax import losses
 from dam_jax import tree
+from dam_jax.defences.descent import check_at_least
+from dam_jax.defences.descent import descend
 from dam_jax.defences.interface import Defence
 from dam_jax.defences.interface import Labelled
 from dam_jax.defences.interface import NoData
@@ -31,13 +33,6 @@ from dam_jax.meta import identity
 from dam_jax.transforms import check_finite
 from dam_jax.transforms import check_share
 from dam_jax.typing import InputsFn, LogitsFn, PreprocessFn
-
-
-def check_counts(**counts: int) -> None:
-  """Raises unless all are positive."""
-  for name, count in counts.items():
-    if count < 1:
-      raise ValueError(f'{name} must be positive, got {count}')
 
 
 def matching(params: Any, rule: str) -> list[str]:
@@ -209,9 +204,8 @@ def fine_pruning(
   """
   check_share('share', share, zero=False, one=True)
   check_share('max_drop', max_drop, zero=True, one=True)
-  check_counts(batch=batch)
-  if steps < 0:
-    raise ValueError(f'steps must not be negative, got {steps}')
+  check_at_least(1, batch=batch)
+  check_at_least(0, steps=steps)
 
   def read(params, task, images):
     return inputs_fn(params, task, preprocess_fn(images))
@@ -247,36 +241,20 @@ def _prune_dormant(params, activity, share, good_fn):
 
 def _fine_tune(params, kept, apply_fn, data, tx, keys, batch):
   """Returns a pruned model after a step a key."""
-  leaves = tree.flatten(params)
-  start = {
-    path: x.astype(np.promote_types(x.dtype, np.float32))
-    for path, x in leaves.items()
-    if tree.is_float(x)
-  }
-
-  def whole(trained):
-    new = [
-      trained[k].astype(x.dtype) if k in trained else x
-      for k, x in leaves.items()
-    ]
-    return multiply(jax.tree.unflatten(jax.tree.structure(params), new), kept)
 
   @jax.jit
-  def train(trained, data, keys):
-    def step(carry, key):
-      trained, state = carry
+  def run(params, kept, data, keys):
+    flat = tree.ravel(params)
+
+    def loss_fn(vector, key):
       images, labels = data.draw(key, batch)
+      logits = apply_fn(multiply(flat.unravel(vector), kept), images)
+      return jnp.mean(losses.cross_entropy(logits, labels))
 
-      def loss_fn(trained):
-        logits = apply_fn(whole(trained), images)
-        return jnp.mean(losses.cross_entropy(logits, labels))
+    vector, _ = descend(jax.grad(loss_fn), tx, flat.vector, keys)
+    return multiply(flat.unravel(vector), kept)
 
-      updates, state = tx.update(jax.grad(loss_fn)(trained), state, trained)
-      return (optax.apply_updates(trained, updates), state), None
-
-    return jax.lax.scan(step, (trained, tx.init(trained)), keys)[0][0]
-
-  return whole(train(start, data, keys))
+  return run(params, kept, data, keys)
 
 
 def lipschitz_bounds(kernel: jax.Array) -> jax.Array:
@@ -327,8 +305,7 @@ def clp(
     <https://arxiv.org/abs/2208.03111>`_, 2022
   """
   check_finite('deviations', deviations)
-  if deviations < 0:
-    raise ValueError(f'deviations must not be negative, got {deviations}')
+  check_at_least(0, deviations=deviations)
 
   def repair(params, apply_fn, data):
     del apply_fn, data

@@ -21,9 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dam_jax import audit
 from dam_jax import losses
 from dam_jax import tree
 from dam_jax.attacks.poisoning import poison
+from dam_jax.attacks.triggers import Overlay
 from dam_jax.attacks.triggers import Trigger
 from dam_jax.attacks.triggers import apply_trigger
 from dam_jax.attacks.triggers import check_share
@@ -34,8 +36,7 @@ from dam_jax.defences.descent import descend
 from dam_jax.defences.interface import Defence
 from dam_jax.defences.interface import Labelled
 from dam_jax.defences.interface import NoData
-from dam_jax.defences.inversion import inverted_trigger
-from dam_jax.typing import LogitsFn
+from dam_jax.typing import LogitsFn, TaskLogitsFn
 
 
 def wag() -> Defence:
@@ -128,10 +129,7 @@ def tbar(
   tx: optax.GradientTransformation = optax.adam(1e-5),
   steps: int = 100,
   batch: int = 32,
-  area: float = 40 / 32**2,
-  search_tx: optax.GradientTransformation = optax.adam(0.2),
-  search_steps: int = 100,
-  search_batch: int = 64,
+  area: float = 20 / 32**2,
   seed: int = 0,
 ) -> Defence:
   """Subtracts what fine-tuning on a trigger adds, by backdoor arithmetic.
@@ -140,18 +138,16 @@ def tbar(
   images of one task with the trigger, which are labelled as its target.
 
   Args:
-    trigger: the index of its task, and the trigger; None takes what
-      `inverted_trigger` finds.
+    trigger: the index of its task, and the trigger; None inverts one for each
+      class of each task, and takes that whose class stands out most
+      (`dam_jax.audit`).
     samples: triggered images, at most; those of the target class are left out.
     scale: `alpha`; the paper chooses it on validation data. Like the numbers
       that follow ours, for want of the paper's.
     tx: of the weights.
     steps: of it.
     batch: images a step, drawn with replacement.
-    area: see `inverted_trigger`, as for the following.
-    search_tx: of the patches.
-    search_steps: of it for each class of all tasks.
-    search_batch: images a task and step.
+    area: share of an image that an inverted trigger may cover for free.
     seed: of the draws.
 
   Returns:
@@ -167,21 +163,13 @@ def tbar(
   """
   check_at_least(0, task=0 if trigger is None else trigger[0], scale=scale)
   check_at_least(1, samples=samples, steps=steps, batch=batch)
-  check_at_least(1, search_steps=search_steps, search_batch=search_batch)
   if not 0 < area <= 1:
     raise ValueError(f'area must be in (0, 1], got {area}')
 
   def repair(params: Any, apply_fn: LogitsFn, data: Labelled) -> Any:
     choice_key, search_key, key = jax.random.split(jax.random.key(seed), 3)
-    task, known = trigger or inverted_trigger(
-      search_key,
-      apply_fn,
-      params,
-      data,
-      area=area,
-      tx=search_tx,
-      steps=search_steps,
-      batch=search_batch,
+    task, known = trigger or _inverted_trigger(
+      search_key, apply_fn, params, data, area
     )
     images, labels = _of_task(data, task, known)
     others = np.flatnonzero(np.asarray(labels) != known.target)
@@ -198,6 +186,43 @@ def tbar(
     return flat.unravel(flat.vector - scale * vector)
 
   return Defence(Labelled, repair)
+
+
+def _inverted_trigger(
+  key: jax.Array, apply_fn: LogitsFn, params: Any, data: Labelled, area: float
+) -> tuple[int, Trigger]:
+  """Returns the most suspicious trigger and the index of its task."""
+  num_tasks, _, height, width, channels = data.images.shape
+  inverter = audit.Inverter(
+    task_logits_fn=_alone(apply_fn, num_tasks),
+    image_shape=(height, width, channels),
+    area=area * height * width,
+  )
+  logits = jax.eval_shape(apply_fn, params, data.images[:, :1])
+  found = [
+    inverter.search(
+      jax.random.fold_in(key, t), params, t, images, logits.shape[-1]
+    )
+    for t, images in enumerate(data.images)
+  ]
+  task = int(np.argmax([x.suspicion for x in found]))
+  patch = jax.tree.map(lambda x: jnp.asarray(x[0]), found[task].patches)
+  return task, Overlay(
+    pattern=patch.pattern(),
+    mask=patch.opacity(),
+    task=str(task),
+    target=int(found[task].classes[0]),
+  )
+
+
+def _alone(apply_fn: LogitsFn, num_tasks: int) -> TaskLogitsFn:
+  """Returns a forward pass for one task: all read its images, one is kept."""
+
+  def task_logits_fn(params, task, images):
+    images = jnp.broadcast_to(images, (num_tasks, *images.shape))
+    return apply_fn(params, images)[task]
+
+  return task_logits_fn
 
 
 def fine_tuning(
@@ -223,15 +248,14 @@ def fine_tuning(
     A compiled function of images `[N, H, W, C]`, labels `[N]` and keys
     `[steps]`, which returns what fine-tuning adds, `[P]`.
   """
+  task_logits_fn = _alone(apply_fn, num_tasks)
 
   @jax.jit
   def run(start, data, keys):
     def loss_fn(vector, key):
-      images, labels = data.draw(key, batch)
-      # All tasks read the same images, and one is looked at.
-      images = jnp.broadcast_to(images, (num_tasks, *images.shape[1:]))
-      logits = apply_fn(flat.unravel(vector), images)[task]
-      return jnp.mean(losses.cross_entropy(logits, labels[0]))
+      (images,), (labels,) = data.draw(key, batch)
+      logits = task_logits_fn(flat.unravel(vector), task, images)
+      return jnp.mean(losses.cross_entropy(logits, labels))
 
     return descend(jax.grad(loss_fn), tx, start, keys)[0] - start
 

@@ -264,12 +264,12 @@ def test_awm_masks_what_its_rule_says_on_draws_of_its_seed(planted):
 @pytest.mark.parametrize(
   ('make', 'options', 'message'),
   [
-    (masking.anp, {'eps': -0.1}, 'eps must not be negative, got -0.1'),
+    (masking.anp, {'eps': -0.1}, 'eps must be at least 0, got -0.1'),
     (masking.anp, {'alpha': 1.5}, r'alpha must be in \[0, 1\], got 1.5'),
     (masking.anp, {'max_drop': -1}, r'max_drop must be .* got -1'),
-    (masking.anp, {'steps': 0}, 'steps must be positive, got 0'),
+    (masking.anp, {'steps': 0}, 'steps must be at least 1, got 0'),
     (masking.anp, {'adversary_steps': 0}, 'adversary_steps .* got 0'),
-    (masking.anp, {'batch': 0}, 'batch must be positive, got 0'),
+    (masking.anp, {'batch': 0}, 'batch must be at least 1, got 0'),
     (masking.anp, {'thresholds': ()}, r'thresholds .* got \(\)'),
     (masking.anp, {'thresholds': (0.5, 2.0)}, r'got \(0.5, 2.0\)'),
     (masking.awm, {'alpha': -1}, r'alpha must be in \[0, 1\], got -1'),
@@ -278,8 +278,8 @@ def test_awm_masks_what_its_rule_says_on_draws_of_its_seed(planted):
     (masking.awm, {'lr': 0.0}, 'lr must be positive and finite, got 0.0'),
     (masking.awm, {'adversary_lr': -1}, 'adversary_lr .* got -1'),
     (masking.awm, {'l1_norm': 0}, 'l1_norm .* got 0'),
-    (masking.awm, {'rounds': 0}, 'rounds must be positive, got 0'),
-    (masking.awm, {'epochs': 0}, 'epochs must be positive, got 0'),
+    (masking.awm, {'rounds': 0}, 'rounds must be at least 1, got 0'),
+    (masking.awm, {'epochs': 0}, 'epochs must be at least 1, got 0'),
   ],
 )
 def test_bad_options_are_named(make, options, message):

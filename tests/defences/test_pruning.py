@@ -231,8 +231,8 @@ def test_clp_leaves_other_layers_and_single_units():
   [
     ({'share': 0}, r'share must be in \(0, 1\], got 0'),
     ({'max_drop': 1.5}, r'max_drop must be in \[0, 1\], got 1.5'),
-    ({'steps': -1}, 'steps must not be negative, got -1'),
-    ({'batch': 0}, 'batch must be positive, got 0'),
+    ({'steps': -1}, 'steps must be at least 0, got -1'),
+    ({'batch': 0}, 'batch must be at least 1, got 0'),
   ],
 )
 def test_bad_options_of_fine_pruning_are_named(options, message, planted):

@@ -31,7 +31,6 @@ def _config(folder, **changes):
     'compiler_options': {},
   }
   config.update(given | changes)
-  config.options.tbar.search_steps = 2
   config.options.ibvs.rate = 0.5
   return config
 
