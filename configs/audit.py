@@ -8,6 +8,8 @@ benchmarks/README.md for what was measured.
 
 from ml_collections import config_dict
 
+from experiments import settings
+
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config.
@@ -18,11 +20,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   Returns:
     The config; `experiments.audit.KEYS` says what each key means.
   """
-  if arg not in ('', 'runlocal'):
-    raise ValueError(
-      f"the config's argument is 'runlocal' or none, got {arg!r}"
-    )
-  local = arg == 'runlocal'
+  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.models = ''

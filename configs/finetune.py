@@ -13,6 +13,8 @@ takes four times as long on a CPU (`--config.batch=256`).
 
 from ml_collections import config_dict
 
+from experiments import settings
+
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config.
@@ -23,11 +25,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   Returns:
     The config; `experiments.finetune.KEYS` says what each key means.
   """
-  if arg not in ('', 'runlocal'):
-    raise ValueError(
-      f"the config's argument is 'runlocal' or none, got {arg!r}"
-    )
-  local = arg == 'runlocal'
+  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.task = 'svhn'

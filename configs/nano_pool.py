@@ -14,6 +14,8 @@ and `eval.json` says of every model ACC and ASR, alone and in a plain merge.
 
 from ml_collections import config_dict
 
+from experiments import settings
+
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config.
@@ -24,11 +26,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   Returns:
     The config; `experiments.make_pool.KEYS` says what each key means.
   """
-  if arg not in ('', 'runlocal'):
-    raise ValueError(
-      f"the config's argument is 'runlocal' or none, got {arg!r}"
-    )
-  local = arg == 'runlocal'
+  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.tasks_folder = '../shared/pool/tasks'
   c.tasks = 'mnist,svhn' if local else 'mnist,gtsrb,svhn,eurosat,fashion_mnist'

@@ -42,6 +42,7 @@ place; its numbers mean little.
 from ml_collections import config_dict
 
 from experiments import methods
+from experiments import settings
 
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
@@ -53,11 +54,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   Returns:
     The config; `experiments.load.KEYS` says what each key means.
   """
-  if arg not in ('', 'runlocal'):
-    raise ValueError(
-      f"the config's argument is 'runlocal' or none, got {arg!r}"
-    )
-  local = arg == 'runlocal'
+  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.make = config_dict.ConfigDict()

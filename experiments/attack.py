@@ -21,9 +21,11 @@ from rich.console import Console
 
 import dam_jax as dj
 from dam_jax import checkpoint
+from dam_jax.data import tasks as tasks_lib
 from experiments import attackers
 from experiments import bench
 from experiments import command
+from experiments import settings
 from experiments import uploads
 
 KEYS = bench.KEYS | {
@@ -47,7 +49,7 @@ def involved(config: config_dict.ConfigDict) -> tuple[list[str], list[str]]:
         f'other must be empty for {config.attack}, got {config.other}'
       ]
     return [config.task], []
-  there, other = bench.task_names(pathlib.Path(config.pool)), config.other
+  there, other = tasks_lib.task_names(pathlib.Path(config.pool)), config.other
   if not other and config.task in there:
     other = there[(there.index(config.task) + 1) % len(there)]
   if other == config.task:
@@ -82,7 +84,7 @@ def _load(
     side = task.dev.images.shape[1]
     if config.patch > side:
       lines.append(f'patch {config.patch} is larger than images of {side}')
-  bench.raise_if(lines)
+  settings.raise_if(lines)
   return bench.Bench.load(
     config,
     workdir,

@@ -17,8 +17,6 @@ import optax
 
 import dam_jax as dj
 from dam_jax import attacks
-from dam_jax import losses
-from dam_jax import perturbations
 from dam_jax.models import clip
 from experiments import training
 from experiments.lab import Lab
@@ -220,7 +218,7 @@ def adaptive(
   found = []
   for i in range(1, rounds):
     find_key, tune_key = jax.random.split(jax.random.fold_in(key, i))
-    found.append(_invert(lab, find_key, params, task))
+    found.append(lab.invert(find_key, params, task))
     decoys = jax.tree.map(lambda *x: jnp.concatenate(x), *found)
     params = lab.tune(
       tune_key,
@@ -232,39 +230,6 @@ def adaptive(
       decoys=decoys,
     )
   return Upload(params, trigger)
-
-
-def _invert(
-  lab: Lab, key: jax.Array, params: Any, task: int, steps: int = 60
-) -> perturbations.SoftPatch:
-  """Finds what the defence's adversary would on an upload: `[R, H, W, C]`."""
-  adversary = perturbations.soft_patch(
-    lab.image_shape, preprocess_fn=lambda images: images, area=40.0, restarts=4
-  )
-  data = training.on_device([lab.splits[task]])
-
-  def gain_fn(pixels, images, references):
-    del images
-    logits = lab.shop.task_logits(params, task, pixels[0])
-    loss = losses.cross_entropy(logits, references[0])
-    fooled = jnp.mean(jnp.argmax(logits, -1) != references[0])
-    return jnp.mean(jnp.minimum(loss, adversary.cap))[None], fooled[None]
-
-  @jax.jit
-  def run(key):
-    init_key, key = jax.random.split(key)
-    patches = adversary.init(init_key, 1)
-    states = jax.vmap(adversary.tx.init)(patches)
-    images, _ = jax.vmap(lambda k: data.draw(k, 0, 16))(
-      jax.random.split(key, steps)
-    )
-    says = jax.lax.map(lambda x: lab.shop.task_logits(params, task, x), images)
-    draws = dj.typing.Batch(images[:, None], jnp.argmax(says, -1)[:, None])
-    turns = jnp.arange(adversary.restarts)
-    found, *_ = adversary.ascend(patches, states, turns, draws, gain_fn)
-    return jax.tree.map(lambda x: x[:, 0], found)
-
-  return run(key)
 
 
 def shadow_head(

@@ -32,10 +32,12 @@ from dam_jax import checkpoint
 from dam_jax import evaluate
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
-from dam_jax.models import convert
 from experiments import command
 from experiments import pictures
 from experiments import report
+from experiments import settings
+from experiments import training
+from experiments import uploads
 
 KEYS = {
   'pool': 'folder of checkpoints and tasks (dam_jax.data.tasks)',
@@ -55,11 +57,10 @@ KEYS = {
 
 def check_config(config: config_dict.ConfigDict) -> None:
   """Raises with all that is wrong with a config."""
-  lines = command.wrong_keys(config, KEYS)
+  lines = settings.wrong_keys(config, KEYS)
   if not lines:
-    lines = command.not_positive(config, but=('seed',))
-  if lines:
-    raise ValueError('\n  '.join(['config:', *lines]))
+    lines = settings.not_positive(config, but=('seed',))
+  settings.raise_if(lines)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,21 +134,14 @@ class Auditor:
     pool = tasks_lib.load_pool(folder, dev=config.images, test=1)
     self.tasks = {t.name: t for t in pool.tasks}
     self.names = list(self.tasks)
-    tower = clip.VisionTower(clip.load_config(pool.config))
-    heads = clip.stack_heads([t.head for t in pool.tasks])
-
-    def features(params: Any, pixels: jax.Array) -> jax.Array:
-      return jnp.asarray(tower.apply({'params': params}, pixels))
-
-    task_logits = clip.zero_shot_task(features, heads)
-
-    def task_logits_fn(params, task, images):
-      return task_logits(params, task, clip.normalize(images))
-
-    self.predict = evaluate.predictor(task_logits_fn, batch=config.images)
+    shop = training.Shop(
+      clip.VisionTower(clip.load_config(pool.config)),
+      clip.stack_heads([t.head for t in pool.tasks]),
+    )
+    self.predict = evaluate.predictor(shop.task_logits, batch=config.images)
     self.inverter = audit.Inverter(
-      task_logits_fn=task_logits_fn,
-      image_shape=tower.config.image_shape,
+      task_logits_fn=shop.task_logits,
+      image_shape=shop.tower.config.image_shape,
       area=config.area,
       batch=config.batch,
       first=config.first_round,
@@ -165,18 +159,15 @@ class Auditor:
 
   def load(self, name: str) -> Any:
     """Reads a checkpoint."""
-    path = self.folder / 'checkpoints' / f'{name}.safetensors'
-    params = checkpoint.load_params(path, name_map=convert.clip_vision)
-    return jax.device_put(params)
+    return jax.device_put(uploads.load_model(uploads.path(self.folder, name)))
 
   @functools.cached_property
   def clean(self) -> dict[str, Any]:
     """The pool's clean experts, which others are merged with."""
-    there = self.folder / 'checkpoints'
     return {
       t: self.load(f'clean_{t}')
       for t in self.names
-      if (there / f'clean_{t}.safetensors').exists()
+      if uploads.path(self.folder, f'clean_{t}').exists()
     }
 
   def audit(self, upload: Upload) -> tuple[dict[str, Any], np.ndarray]:
@@ -252,9 +243,8 @@ def run(
   """
   check_config(config)
   folder = pathlib.Path(config.pool)
-  tasks = sorted(p.stem for p in (folder / 'tasks').glob('*.npz'))
-  names = [n.strip() for n in config.models.split(',') if n.strip()]
-  found = find_uploads(folder, tasks, names)
+  names = settings.split(config.models)
+  found = find_uploads(folder, tasks_lib.task_names(folder), names)
   path, kept = workdir / 'audit.json', workdir / 'triggers.npz'
   rows, patches = {}, {}
   asked = json.loads(config.to_json()) | {'models': ''}
@@ -273,7 +263,9 @@ def run(
       console.print(_line(rows[upload.name]))
       with checkpoint.replacing(kept) as temporary, temporary.open('wb') as f:
         np.savez(f, **patches)
-      _write(path, json.dumps(summary(list(rows.values()), asked), indent=2))
+      checkpoint.write(
+        path, json.dumps(summary(list(rows.values()), asked), indent=2)
+      )
   out = summary([rows[u.name] for u in found], asked)
   _write_pages(workdir, out, patches)
   console.print(table(out))
@@ -368,20 +360,14 @@ def _write_pages(
   if out['auc'] is not None:
     images['roc'] = pictures.roc(out['rows'])
   for name, png in images.items():
-    _write(workdir / f'{name}.png', png)
-  _write(workdir / 'audit.md', markdown(out))
+    checkpoint.write(workdir / f'{name}.png', png)
+  checkpoint.write(workdir / 'audit.md', markdown(out))
   page = (
     report.environment()
     .get_template('audit.html.j2')
     .render(out=out, heads=HEADS, cells=_cells, images=images)
   )
-  _write(workdir / 'audit.html', page)
-
-
-def _write(path: pathlib.Path, content: str | bytes) -> None:
-  with checkpoint.replacing(path) as temporary:
-    data = content.encode() if isinstance(content, str) else content
-    temporary.write_bytes(data)
+  checkpoint.write(workdir / 'audit.html', page)
 
 
 if __name__ == '__main__':

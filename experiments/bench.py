@@ -18,8 +18,8 @@ from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
 from dam_jax.models import convert
-from experiments import command
 from experiments import lab as lab_lib
+from experiments import settings
 from experiments import training
 from experiments import uploads
 
@@ -50,19 +50,13 @@ def check_keys(
   Raises:
     ValueError: with all keys that are missing or unknown.
   """
-  raise_if(command.wrong_keys(config, keys))
-  lines = command.not_positive(config, but=('test', 'seed', 'target'))
+  settings.raise_if(settings.wrong_keys(config, keys))
+  lines = settings.not_positive(config, but=('test', 'seed', 'target'))
   if config.test < 0:
     lines.append(f'test must not be negative, got {config.test}')
   if pathlib.Path(config.name).name != config.name:
     lines.append(f'name must not hold folders, got {config.name}')
   return lines
-
-
-def raise_if(lines: Sequence[str]) -> None:
-  """Raises ValueError with lines that say what is wrong with a config."""
-  if lines:
-    raise ValueError('\n  '.join(['config:', *lines]))
 
 
 class Lesson(NamedTuple):
@@ -97,7 +91,7 @@ def read_lessons(
       tower = clip.load_config(needed[1])
     except ValueError as e:
       lines.append(str(e))
-  there, lessons = task_names(folder), {}
+  there, lessons = tasks_lib.task_names(folder), {}
   for name in names:
     if name not in there:
       lines.append(f'task {name} is not among {", ".join(there) or "any"}')
@@ -117,11 +111,6 @@ def read_lessons(
         f'{tower.projection_dim}'
       )
   return lessons, lines
-
-
-def task_names(folder: pathlib.Path) -> list[str]:
-  """Returns the names of a pool's tasks, sorted."""
-  return sorted(p.stem for p in (folder / 'tasks').glob('*.npz'))
 
 
 def taken(workdir: pathlib.Path, name: str) -> list[str]:
@@ -262,6 +251,6 @@ class Bench:
       'seconds': dict(seconds),
       'finished': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()),
     }
-    with checkpoint.replacing(self.workdir / 'record.json') as temporary:
-      temporary.write_text(json.dumps(record, indent=2))
+    text = json.dumps(record, indent=2)
+    checkpoint.write(self.workdir / 'record.json', text)
     return record

@@ -14,10 +14,10 @@ from ml_collections import config_dict
 from configs import pool as pool_config
 from dam_jax import attacks
 from dam_jax.data import tasks as tasks_lib
-from experiments import command
 from experiments import load
 from experiments import merge
 from experiments import methods
+from experiments import settings
 
 SECTIONS = {
   'succession': 'Succession: what a merge with one bad expert inherits',
@@ -112,14 +112,9 @@ class Cell:
   rows: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def split(text: str) -> list[str]:
-  """Returns what stands between commas."""
-  return [x.strip() for x in str(text).split(',') if x.strip()]
-
-
 def sections(config: config_dict.ConfigDict) -> list[str]:
   """Returns the names of a config's sections, in the order of `SECTIONS`."""
-  named = split(config.sections)
+  named = settings.split(config.sections)
   return [s for s in SECTIONS if s in named or 'all' in named]
 
 
@@ -158,7 +153,7 @@ def make(config: config_dict.ConfigDict) -> list[Cell]:
         config, 'ablation', *given, variant=row, changes=changes, name=name
       )
   if 'curve' in wanted:
-    for weight in map(float, split(config.safety_weights)):
+    for weight in map(float, settings.split(config.safety_weights)):
       out += _crossed(
         config,
         'curve',
@@ -177,9 +172,9 @@ def make(config: config_dict.ConfigDict) -> list[Cell]:
 
 def _check(config: config_dict.ConfigDict) -> None:
   """Raises with all that is wrong with a config's values."""
-  lines = command.wrong_keys(config, KEYS)
+  lines = settings.wrong_keys(config, KEYS)
   if not lines:
-    lines += command.not_positive(
+    lines += settings.not_positive(
       config, but=('audit', 'dev', 'test', 'transfer_test', 'steps', 'seed')
     )
     lines += [
@@ -187,7 +182,7 @@ def _check(config: config_dict.ConfigDict) -> None:
       for key in ('dev', 'test', 'transfer_test', 'steps', 'seed')
       if config[key] < 0
     ]
-    named = split(config.sections)
+    named = settings.split(config.sections)
     lines += [
       f'unknown section {s!r}, allowed are {", ".join([*SECTIONS, "all"])}'
       for s in named
@@ -210,13 +205,12 @@ def _check(config: config_dict.ConfigDict) -> None:
       if not pathlib.Path(folder).is_dir()
     ]
     lines += _too_many(config) if not lines and 'number' in wanted else []
-  if lines:
-    raise ValueError('\n  '.join(['config:', *lines]))
+  settings.raise_if(lines)
 
 
 def _not_numbers(key: str, text: str, kind: type) -> list[str]:
   try:
-    good = all(kind(x) >= 0 for x in split(text))
+    good = all(kind(x) >= 0 for x in settings.split(text))
   except ValueError:
     good = False
   return [] if good else [f'{key} must be numbers with commas, got {text!r}']
@@ -224,19 +218,17 @@ def _not_numbers(key: str, text: str, kind: type) -> list[str]:
 
 def _too_many(config: config_dict.ConfigDict) -> list[str]:
   return [
-    f'{count} of {key}, which has {len(split(config[key]))}'
+    f'{count} of {key}, which has {len(settings.split(config[key]))}'
     for counts, key in (('bad_counts', 'bad'), ('task_counts', 'task_order'))
-    for count in map(int, split(config[counts]))
-    if count > len(split(config[key]))
+    for count in map(int, settings.split(config[counts]))
+    if count > len(settings.split(config[key]))
   ]
 
 
 def nano_tasks(config: config_dict.ConfigDict) -> list[str]:
   """Returns the names of the nano pool's tasks that are merged."""
-  folder = pathlib.Path(config.nano_pool) / 'tasks'
-  return split(config.nano_tasks) or sorted(
-    p.stem for p in folder.glob('*.npz')
-  )
+  there = tasks_lib.task_names(config.nano_pool)
+  return settings.split(config.nano_tasks) or there
 
 
 def _named(names: str, seeds: int, num_tasks: int):
@@ -294,8 +286,8 @@ def _crossed(
   """
   tasks = nano_tasks(config)
   slug = variant.replace(', ', '_').replace(' ', '_')
-  for attack in split(attack_names):
-    for task in split(config.attacked):
+  for attack in settings.split(attack_names):
+    for task in settings.split(config.attacked):
       for number in range(config.attack_seeds):
         for i, named in _named(method_names, config.merge_seeds, len(tasks)):
           seed = config.seed + i
@@ -323,8 +315,8 @@ def _crossed(
 
 
 def _bad_counts(config: config_dict.ConfigDict) -> Iterator[Cell]:
-  bad, tasks = split(config.bad), split(config.tasks)
-  for count in map(int, split(config.bad_counts)):
+  bad, tasks = settings.split(config.bad), settings.split(config.tasks)
+  for count in map(int, settings.split(config.bad_counts)):
     turns = config.bad_rotations if 0 < count < len(bad) else 1
     for turn in range(min(turns, len(bad))):
       chosen = [bad[(turn + i) % len(bad)] for i in range(count)]
@@ -339,8 +331,8 @@ def _bad_counts(config: config_dict.ConfigDict) -> Iterator[Cell]:
 
 
 def _task_counts(config: config_dict.ConfigDict) -> Iterator[Cell]:
-  order = split(config.task_order)
-  for count in map(int, split(config.task_counts)):
+  order = settings.split(config.task_order)
+  for count in map(int, settings.split(config.task_counts)):
     for cell in _real(config, order[:count], [config.task_bad], []):
       yield dataclasses.replace(
         cell,
@@ -404,8 +396,10 @@ def _check_cells(config: config_dict.ConfigDict, cells: Sequence[Cell]) -> None:
     for c in (cell.changes for cell in cells)
   ]
   for pool, tasks, bad, probes in dict.fromkeys(merges):
-    chosen = [] if bad == '0' else split(bad)
-    lines += _lacks(pathlib.Path(pool), split(tasks), chosen, split(probes))
+    chosen = [] if bad == '0' else settings.split(bad)
+    lines += _lacks(
+      pathlib.Path(pool), settings.split(tasks), chosen, settings.split(probes)
+    )
   if lines:
     raise ValueError('\n  '.join(['the study lacks', *dict.fromkeys(lines)]))
 

@@ -1,6 +1,6 @@
 """What the experiments' commands share: their flags, errors in one line."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 import pathlib
 import sys
 import time
@@ -21,43 +21,6 @@ _WORKDIR = flags.DEFINE_string(
 
 Run = Callable[[config_dict.ConfigDict, pathlib.Path, Console], Any]
 """What a command does with its config, its workdir and a console."""
-
-
-def wrong_keys(
-  config: config_dict.ConfigDict, keys: Mapping[str, str]
-) -> list[str]:
-  """Says which keys of a config are missing or unknown.
-
-  Args:
-    config: to check.
-    keys: what each key means.
-
-  Returns:
-    A line for each.
-  """
-  return [
-    *(f'{key} is missing' for key in keys if key not in config),
-    *(f'{key} is unknown' for key in config if key not in keys),
-  ]
-
-
-def not_positive(
-  config: config_dict.ConfigDict, *, but: Collection[str]
-) -> list[str]:
-  """Says which numbers of a config are not positive.
-
-  Args:
-    config: to check.
-    but: keys that may be anything.
-
-  Returns:
-    A line for each.
-  """
-  return [
-    f'{key} must be positive, got {value}'
-    for key, value in config.items()
-    if key not in but and isinstance(value, int | float) and not value > 0
-  ]
 
 
 def start(run: Run, example: str) -> None:

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from experiments import bench
 from experiments import command
+from experiments import settings
 from experiments import uploads
 
 KEYS = bench.KEYS | {'task': 'to fine-tune on'}
@@ -43,7 +44,7 @@ def run(
   usual = f'clean_{config.task}'
   name = config.name or usual
   lessons, more = bench.read_lessons(pathlib.Path(config.pool), [config.task])
-  bench.raise_if([*lines, *more, *bench.taken(workdir, name)])
+  settings.raise_if([*lines, *more, *bench.taken(workdir, name)])
   this = bench.Bench.load(config, workdir, [lessons[config.task]])
   begin = time.perf_counter()
   with console.status(name):

@@ -9,7 +9,10 @@ import jax.numpy as jnp
 
 from dam_jax import attacks
 from dam_jax import losses
+from dam_jax import perturbations
 from dam_jax.data.tasks import Split
+from dam_jax.meta import identity
+from dam_jax.typing import Batch
 from experiments import training
 
 
@@ -219,6 +222,54 @@ class Lab:
       labels,
       (1 - share) * images + share * pattern[which],
     )
+
+  def invert(
+    self, key: jax.Array, params: Any, task: int
+  ) -> perturbations.SoftPatch:
+    """Finds what the defence's adversary would on an upload.
+
+    Args:
+      key: of the search.
+      params: of the upload.
+      task: index.
+
+    Returns:
+      Patches, leaves `[R, H, W, ...]`.
+    """
+    data = training.on_device([self.splits[task]])
+    return self._inverter(key, params, data, jnp.int32(task))
+
+  @functools.cached_property
+  def _inverter(self) -> Callable[..., perturbations.SoftPatch]:
+    adversary = perturbations.soft_patch(
+      self.image_shape, preprocess_fn=identity, area=40.0, restarts=4
+    )
+
+    @jax.jit
+    def run(key, params, data, task):
+      def logits_fn(pixels):
+        return self.shop.task_logits(params, task, pixels)
+
+      def gain_fn(pixels, images, references):
+        del images
+        logits = logits_fn(pixels[0])
+        loss = losses.cross_entropy(logits, references[0])
+        fooled = jnp.mean(jnp.argmax(logits, -1) != references[0])
+        return jnp.mean(jnp.minimum(loss, adversary.cap))[None], fooled[None]
+
+      init_key, key = jax.random.split(key)
+      patches = adversary.init(init_key, 1)
+      states = jax.vmap(adversary.tx.init)(patches)
+      images, _ = jax.vmap(lambda k: data.draw(k, 0, 16))(
+        jax.random.split(key, 60)
+      )
+      says = jnp.argmax(jax.lax.map(logits_fn, images), axis=-1)
+      draws = Batch(images[:, None], says[:, None])
+      turns = jnp.arange(adversary.restarts)
+      found, *_ = adversary.ascend(patches, states, turns, draws, gain_fn)
+      return jax.tree.map(lambda x: x[:, 0], found)
+
+    return run
 
   def universal_patch(
     self,

@@ -18,6 +18,7 @@ from dam_jax.models import clip
 from dam_jax.models import convert
 from dam_jax.models import inputs
 from experiments import quickstart_pool
+from experiments import settings
 
 KEYS = {
   'pool': 'folder of checkpoints, tasks and triggers (dam_jax.data.tasks); '
@@ -141,19 +142,14 @@ def check_config(config: config_dict.ConfigDict) -> None:
       for key in ('batch', 'test_batch')
       if config[key] < 1
     ]
-  if lines:
-    raise ValueError('\n  '.join(['config:', *lines]))
-
-
-def _split(names: str) -> list[str]:
-  return [name.strip() for name in names.split(',') if name.strip()]
+  settings.raise_if(lines)
 
 
 def _bad(config: config_dict.ConfigDict) -> list[str]:
   """Returns the names of the backdoored checkpoints."""
-  given, usual = str(config.bad).strip(), _split(config.usual_bad)
+  given, usual = str(config.bad).strip(), settings.split(config.usual_bad)
   if not given.isdigit():
-    return _split(given)
+    return settings.split(given)
   if int(given) > len(usual):
     raise ValueError(
       f'bad={given}: usual_bad has {len(usual)}, name the checkpoints instead'
@@ -179,11 +175,11 @@ def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
   Raises:
     ValueError: where a file is missing or does not fit the others.
   """
-  bad, probes = _bad(config), _split(config.triggers)
-  names = _split(config.tasks)
+  bad, probes = _bad(config), settings.split(config.triggers)
+  names = settings.split(config.tasks)
   if not names:
-    there = {p.stem for p in (folder / 'tasks').glob('*.npz')}
-    names = [n for n in _split(config.usual_tasks) if n in there]
+    there = tasks_lib.task_names(folder)
+    names = [n for n in settings.split(config.usual_tasks) if n in there]
     for name in (*bad, *probes) if names else ():
       trigger = attacks.load_trigger(folder / 'triggers' / f'{name}.npz')
       names += [trigger.task] * (trigger.task not in names)

@@ -31,6 +31,7 @@ from dam_jax.models import clip
 from experiments import attackers
 from experiments import command
 from experiments import lab as lab_lib
+from experiments import settings
 from experiments import training
 from experiments import uploads
 
@@ -62,9 +63,12 @@ KEYS = {
 
 def check_config(config: config_dict.ConfigDict) -> None:
   """Raises with all that is wrong with a config."""
-  lines = command.wrong_keys(config, KEYS)
+  lines = settings.wrong_keys(config, KEYS)
   if not lines:
-    tasks, attacked = _split(config.tasks), _split(config.attacked)
+    tasks, attacked = (
+      settings.split(config.tasks),
+      settings.split(config.attacked),
+    )
     lines += [
       f'attacked task {t} is not among {", ".join(tasks)}'
       for t in attacked
@@ -81,25 +85,20 @@ def check_config(config: config_dict.ConfigDict) -> None:
         for a in _attacks(config)
         if a in attackers.TWO_TASKS
       ]
-    lines += command.not_positive(config, but=('test', 'seed'))
+    lines += settings.not_positive(config, but=('test', 'seed'))
     if not config.pretrain_share < 1:
       lines.append(
         f'pretrain_share must be less than 1, got {config.pretrain_share}'
       )
     if config.width % config.heads:
       lines.append(f'width {config.width} over {config.heads} heads')
-  if lines:
-    raise ValueError('\n  '.join(['config:', *lines]))
-
-
-def _split(text: str) -> list[str]:
-  return [x.strip() for x in text.split(',') if x.strip()]
+  settings.raise_if(lines)
 
 
 def _attacks(config: config_dict.ConfigDict) -> list[str]:
   if config.attacks == 'all':
     return list(attackers.ATTACKS)
-  return _split(config.attacks)
+  return settings.split(config.attacks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,7 @@ class _Data:
 
 def _load(config: config_dict.ConfigDict) -> _Data:
   tasks, pretrain, fine_tune = [], [], []
-  for name in _split(config.tasks):
+  for name in settings.split(config.tasks):
     path = pathlib.Path(config.tasks_folder) / f'{name}.npz'
     tasks.append(tasks_lib.load_task(path))
     images, labels = tasks_lib.load_train(path)
@@ -178,7 +177,7 @@ class Pool:
   def uploads(self) -> Iterator[tuple[str, str, int, int]]:
     """Yields name, attack, task and target of every bad upload."""
     for attack in _attacks(self.config):
-      for task in _split(self.config.attacked):
+      for task in settings.split(self.config.attacked):
         row = self.names.index(task)
         classes = len(self.data.tasks[row].label_names)
         for seed in range(self.config.seeds):
@@ -231,8 +230,7 @@ def run(
         uploads.save(workdir, name, make(lab, pool.key(name), row, target))
       console.print(f'{name}: {time.perf_counter() - begin:.0f} s')
   report = _evaluate(pool, base, console)
-  with checkpoint.replacing(workdir / 'eval.json') as temporary:
-    temporary.write_text(json.dumps(report, indent=2))
+  checkpoint.write(workdir / 'eval.json', json.dumps(report, indent=2))
   console.print(_table(report))
   return report
 
@@ -248,9 +246,7 @@ def _write_config(pool: Pool) -> None:
     (pool.folder / 'checkpoints' / 'config.json', tower),
     (made, asked),
   ):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with checkpoint.replacing(path) as temporary:
-      temporary.write_text(json.dumps(content, indent=2))
+    checkpoint.write(path, json.dumps(content, indent=2))
 
 
 def _evaluate(pool: Pool, base: Any, console: Console) -> dict[str, Any]:

@@ -274,8 +274,8 @@ class Run:
       name_map=convert.clip_vision,
       metadata=record.metadata(),
     )
-    _write(folder / 'merge_record.json', record.to_json())
-    _write(folder / 'config.json', setup.pool.config.read_text())
+    checkpoint.write(folder / 'merge_record.json', record.to_json())
+    checkpoint.write(folder / 'config.json', setup.pool.config.read_text())
 
   def write_card(self, name: str, security: dict[str, str]) -> None:
     """Writes the model card of a merge, with what was measured of it."""
@@ -283,13 +283,13 @@ class Run:
     text = (folder / 'merge_record.json').read_text()
     record = checkpoint.MergeRecord.from_json(text)
     record = dataclasses.replace(record, security=security)
-    _write(folder / 'README.md', checkpoint.model_card(record))
+    checkpoint.write(folder / 'README.md', checkpoint.model_card(record))
 
   def _draw(self, name: str, learned: learn.Learned) -> None:
     setup = self.setup
     per_task = {k: x for k, x in learned.metrics.items() if x.ndim == 2}
     curves = pictures.curves(per_task, setup.tasks)
-    _write(self.workdir / 'curves' / f'{name}.png', curves)
+    checkpoint.write(self.workdir / 'curves' / f'{name}.png', curves)
     if masks := getattr(learned.state, 'masks', None):
       layout = self.raveled[0].layout
       dropped = {
@@ -300,7 +300,7 @@ class Run:
         for mask, logits in masks.items()
       }
       text = json.dumps(dropped, indent=2)
-      _write(self.workdir / 'masks' / f'{name}.json', text)
+      checkpoint.write(self.workdir / 'masks' / f'{name}.json', text)
     patch = getattr(learned.state, 'adversary', None)
     if not isinstance(patch, dj.perturbations.SoftPatch):
       return
@@ -316,7 +316,7 @@ class Run:
       0.5 * (1 - opacity) + opacity * pattern,
       opacity=opacity.mean(axis=(-3, -2, -1)),
     )
-    _write(self.workdir / 'triggers' / f'{name}.png', found)
+    checkpoint.write(self.workdir / 'triggers' / f'{name}.png', found)
 
   def measure(self, name: str, params: Any) -> dict[str, Any]:
     """Measures a model, or the single experts each on its own task.
@@ -344,7 +344,7 @@ class Run:
     )
     file, hits = io.BytesIO(), dict[str, Any](measured.hits)
     np.savez_compressed(file, **hits)
-    _write(self._result(name).with_suffix('.npz'), file.getvalue())
+    checkpoint.write(self._result(name).with_suffix('.npz'), file.getvalue())
     return {
       'rows': measure.rows(name, measured, setup.attacked),
       'transfer': measure.transfers(measured),
@@ -373,7 +373,9 @@ class Run:
       begin = time.perf_counter()
       found = self.measure(name, params)
       seconds['test'] = time.perf_counter() - begin
-      _write(path, json.dumps({**found, 'seconds': seconds}, indent=2))
+      checkpoint.write(
+        path, json.dumps({**found, 'seconds': seconds}, indent=2)
+      )
     return json.loads(path.read_text())
 
 
@@ -381,18 +383,12 @@ def _claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Makes a workdir this run's, or raises where it is another's."""
   path, text = workdir / 'run.json', json.dumps(identity, indent=2)
   if not path.exists():
-    _write(path, text)
+    checkpoint.write(path, text)
   elif path.read_text() != text:
     raise ValueError(
       f'{workdir} holds a run with another config or other checkpoints: '
       'choose another workdir'
     )
-
-
-def _write(path: pathlib.Path, content: str | bytes) -> None:
-  with checkpoint.replacing(path) as temporary:
-    data = content.encode() if isinstance(content, str) else content
-    temporary.write_bytes(data)
 
 
 def run(
@@ -536,10 +532,12 @@ def _write_report(this: Run, report: dict[str, Any]) -> None:
       path = this.workdir / kind / f'{name}.png'
       if path.exists():
         into[key] = path.read_bytes()
-  _write(this.workdir / 'acc_asr.png', images['acc_asr'])
-  _write(this.workdir / 'report.md', report_lib.markdown(report))
-  _write(this.workdir / 'report.html', report_lib.html(report, images, curves))
-  _write(this.workdir / 'report.json', json.dumps(report, indent=2))
+  checkpoint.write(this.workdir / 'acc_asr.png', images['acc_asr'])
+  checkpoint.write(this.workdir / 'report.md', report_lib.markdown(report))
+  checkpoint.write(
+    this.workdir / 'report.html', report_lib.html(report, images, curves)
+  )
+  checkpoint.write(this.workdir / 'report.json', json.dumps(report, indent=2))
 
 
 if __name__ == '__main__':

@@ -17,6 +17,7 @@ from ml_collections import config_dict
 import dam_jax as dj
 from dam_jax import catalogue
 from experiments import repairs
+from experiments import settings
 
 STATIC = ('average', 'task_arithmetic', 'ties', 'dare', 'slerp')
 """Names of the merges without data that papers compare with most."""
@@ -116,7 +117,7 @@ def parse(names: str, num_experts: int) -> list[str]:
     'repairs': list(REPAIRS),
     'all': [*fit, *LEARNED, *INFORMED, *REPAIRS],
   }
-  given = [n.strip() for n in names.split(',') if n.strip()]
+  given = settings.split(names)
   unknown = [n for n in given if n not in {*groups, *ALL}]
   if unknown or not given:
     raise ValueError(

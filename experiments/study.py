@@ -172,11 +172,7 @@ def _write(study, cells, workdir) -> None:
     for i, png in enumerate(found.values()):
       files[f'pictures/{section}_{i}.png'] = png
   for name, content in files.items():
-    path = workdir / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    with checkpoint.replacing(path) as temporary:
-      temporary.write_bytes(data)
+    checkpoint.write(workdir / name, content)
 
 
 if __name__ == '__main__':

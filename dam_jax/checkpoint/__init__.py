@@ -37,6 +37,7 @@ from dam_jax.checkpoint.tensors import load_metadata
 from dam_jax.checkpoint.tensors import load_params
 from dam_jax.checkpoint.tensors import replacing
 from dam_jax.checkpoint.tensors import save_params
+from dam_jax.checkpoint.tensors import write
 from dam_jax.checkpoint.writer import ModelWriter
 from dam_jax.checkpoint.writer import save_orbax
 
@@ -71,4 +72,5 @@ __all__ = [
   'save_state',
   'truncate',
   'versions',
+  'write',
 ]

@@ -181,6 +181,13 @@ def replacing(path: epath.PathLike):
     pathlib.Path(temporary).unlink(missing_ok=True)
 
 
+def write(path: epath.PathLike, content: str | bytes) -> None:
+  """Writes a small file, whole or not at all, and the folders above it."""
+  data = content.encode() if isinstance(content, str) else content
+  with replacing(path) as temporary:
+    temporary.write_bytes(data)
+
+
 def cast(array: np.ndarray, dtype: Any) -> tuple[np.ndarray, bool]:
   """Rounds to nearest even; says whether finite values stayed finite."""
   if array.dtype == dtype:

@@ -362,8 +362,8 @@ def run(
     checkpoint.save_orbax(target, model, overwrite=overwrite)
     path.unlink()
   if lone:
-    with checkpoint.replacing(target.with_suffix('.md')) as temporary:
-      temporary.write_text(checkpoint.model_card(record))
+    card = checkpoint.model_card(record)
+    checkpoint.write(target.with_suffix('.md'), card)
   return record
 
 

@@ -205,8 +205,7 @@ def _run_adapter(job: jobs.Job, args: argparse.Namespace) -> int:
     ('merge_record.json', record.to_json()),
     ('README.md', card),
   ):
-    with checkpoint.replacing(pathlib.Path(args.out) / name) as temporary:
-      temporary.write_text(text)
+    checkpoint.write(pathlib.Path(args.out) / name, text)
   ranks = {path: f.rank for path, f in merged.factors.items()}
   if args.json:
     command.emit({'out': args.out, 'ranks': ranks})

@@ -247,6 +247,15 @@ class Pool:
     return [t for t, p in self.experts.items() if p != self.clean.get(t)]
 
 
+def task_names(folder: epath.PathLike) -> list[str]:
+  """Returns the names of a pool's tasks, sorted.
+
+  Args:
+    folder: of the pool.
+  """
+  return sorted(p.stem for p in (epath.Path(folder) / 'tasks').glob('*.npz'))
+
+
 def partner_name(name: str, task: str) -> str:
   """Returns the name of the checkpoint that helps another as a task's expert.
 
@@ -309,7 +318,7 @@ def load_pool(
   folder = epath.Path(folder)
   if not folder.is_dir():
     raise ValueError(f'{folder}: no such folder')
-  there = sorted(p.stem for p in (folder / 'tasks').glob('*.npz'))
+  there = task_names(folder)
   tasks = tuple(tasks) or tuple(there)
   _check_names('task', tasks, there)
   _check_names('trigger', [*bad, *probes])

@@ -146,6 +146,6 @@ def test_masks_of_a_repair_start_from_the_plain_merge(setup):
 def test_options_are_checked_before_any_work(small_pool, tmp_path):
   config = _config(small_pool, methods='anp')
   config.options.anp.eps = -1.0
-  with pytest.raises(ValueError, match='eps must not be negative, got -1'):
+  with pytest.raises(ValueError, match='eps must be at least 0, got -1'):
     merge.run(config, tmp_path, Console(file=io.StringIO()))
   assert not (tmp_path / 'results').exists()
