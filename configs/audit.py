@@ -2,8 +2,8 @@
 
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
-Goal: an area under the ROC curve of 0.95 over clean and backdoored uploads. See
-benchmarks/README.md for what was measured.
+The goal is an area under the ROC curve of 0.95 over clean and backdoored
+uploads.
 """
 
 from ml_collections import config_dict

@@ -21,10 +21,10 @@ least to most in per cent and points:
   badmerging_off_task  97-100    7-95   -3-3
   merge_backdoor        0-8     72-88   -4-1
 
-WaNet, Blended and SIG stay below what their papers report; LoRA, LoBAM, sparse
-and adaptive uploads cost more accuracy than theirs do. The patches of badvit
-and trojvit also lead merges of clean experts to the target, on 35 to 65 % and
-64 to 95 % of the images.
+WaNet, Blended and SIG do not reach 95 %; LoRA, LoBAM, sparse and adaptive
+uploads lose more than the two points that nobody notices. The patches of
+badvit and trojvit also lead merges of clean experts to the target, on 35 to 65
+and 64 to 95 % of the images.
 
   python -m experiments.make_pool --config=configs/nano_pool.py \
     --config.tasks_folder=PATH --workdir=PATH
