@@ -3,7 +3,12 @@
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
 The goal is an area under the ROC curve of 0.95 over clean and backdoored
-uploads.
+uploads. It was 1.00 over 8 clean and 4 BadMerging experts of a tower of 3.7
+million parameters, 23 to 80 s each on two cores; over 5 clean and 78 bad ones
+of configs/nano_pool.py 0.77: at least 0.9 for Blended, LoRA, LoBAM, BadMerging
+and sparse vectors, 0.8 for BadNets, BadViT and the adaptive attacker, 0.57 to
+0.67 for TrojViT, MergeBackdoor, SIG and WaNet, and no better than chance for
+BadMerging on another's task, whose target is none of the expert's classes.
 """
 
 from ml_collections import config_dict
