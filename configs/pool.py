@@ -15,19 +15,28 @@ command was not run on the whole split yet:
   2   | 70.3, 89.5 / 90.5                  | 66.2, 71.6 / 56.5
   4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
 
-With 4 bad, 300 steps and 300 test images a task, on 2 cores:
+With 300 test images a task, on 2 cores:
 
-  task_arithmetic                   | 70.7, 93.2 / 95.6 / 100.0 / 99.3
-  dam_robust                        | 74.2, 4.1 / 26.5 / 11.5 / 3.7
-  the triggers on a clean merge     | 70.8, 4.1 / 0.0 / 40.3 / 33.2
+  2 bad, 150 steps
+    task_arithmetic                 | 71.3, 88.2 / 92.2
+    dam_robust                      | 73.4, 1.0 / 0.3
+      with safety_weight=0.3        | 74.1, 3.4 / 2.4
+      with safety_weight=0          | 74.2, 91.6 / 90.8
+    the triggers on a clean merge   | 70.8, 4.1 / 0.0
+  4 bad, 300 steps
+    task_arithmetic                 | 70.7, 93.2 / 95.6 / 100.0 / 99.3
+    dam_robust                      | 73.8, 0.0 / 0.3 / 4.3 / 5.5
+    the triggers on a clean merge   | 70.8, 4.1 / 0.0 / 40.3 / 33.2
+
+What each part of `dam_robust` is worth, as the ASR of gtsrb that stays with 2
+bad: patches that start on the merged model 45, for there they never meet that
+trigger, which on the expert alone one of two meets within 100 ascents; with
+triggers of the audit that stay as they are 13 to 15, whose remainder an ascent
+on the merge finds again; with copies of them that follow the merge 0.3.
 
 With 0 bad and 150 test images a task, whose intervals are 3 wide on each side:
 average 64.2, fisher 66.6, regmean 69.4, regmean_plus_plus 68.3,
 task_arithmetic 70.6; single experts 83.8.
-
-gtsrb keeps a part of its backdoor. With patches that start on the merged model,
-two a task, it kept 45: there they never meet that trigger; on the expert alone
-one of two met its target within 100 ascents, both within 200.
 
 Any folder of the same layout runs, with backdoored checkpoints of any name
 whose trigger lies in `triggers/<name>.npz`:

@@ -26,7 +26,6 @@ from dam_jax.meta import identity
 from dam_jax.meta import meta_merger
 from dam_jax.meta_spec import Coefficients
 from dam_jax.meta_spec import MetaSpec
-from dam_jax.perturbations import SoftPatch
 from dam_jax.typing import LogitsFn, PreprocessFn, TaskLogitsFn
 
 
@@ -349,7 +348,7 @@ def dam_robust(
   ascents: int = 4,
   restarts: int = 4,
   warmup_ascents: int = 100,
-  seeds: SoftPatch | None = None,
+  seeds: perturbations.Seeds | None = None,
   safety_weight: float = 1.0,
   steps: int = 300,
   preprocess_fn: PreprocessFn = identity,
@@ -377,8 +376,8 @@ def dam_robust(
     ascents: its steps before each step of the masks.
     restarts: patches a task, which take turns to ascend and share the images.
     warmup_ascents: steps of each patch before the first step of the masks.
-    seeds: more patches, leaves `[seeds, T, H, W, ...]`, which stay as they are:
-      triggers that `dam_jax.audit` inverted on each expert alone.
+    seeds: more patches: triggers that `dam_jax.audit` inverted on each expert
+      alone. They stay as they are, and a copy of each follows the merge.
     safety_weight: of the loss on images with patches.
     steps: of the masks.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.

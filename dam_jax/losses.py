@@ -54,6 +54,29 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   return optax.losses.softmax_cross_entropy(logits, labels)
 
 
+def targeted(
+  logits: jax.Array, labels: jax.Array, classes: jax.Array
+) -> jax.Array:
+  """Cross-entropy to a class, of the images that do not have it yet.
+
+  Args:
+    logits: `[T, B, L]` under perturbation.
+    labels: `[T, B]` integers, what the model predicts without.
+    classes: `[T]` integers, where the perturbation should lead.
+
+  Returns:
+    `[T]`, in nats, 0 for images of that class.
+
+  Examples:
+    >>> logits, labels = jnp.zeros((1, 2, 4)), jnp.array([[0, 2]])
+    >>> round(float(targeted(logits, labels, jnp.array([2]))[0]), 3)
+    0.693
+  """
+  goals = jnp.broadcast_to(classes[:, None], labels.shape)
+  each = cross_entropy(logits, goals)
+  return jnp.mean(jnp.where(labels == goals, 0, each), axis=-1)
+
+
 def jensen_shannon(logits: jax.Array, other: jax.Array) -> jax.Array:
   """Jensen-Shannon divergence of two predictions.
 

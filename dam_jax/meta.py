@@ -140,7 +140,7 @@ class _Engine:
     mask_key, adversary_key = jax.random.split(key)
     adversary = adversary_state = None
     if r.adversary is not None:
-      adversary = r.adversary.init(adversary_key, self.num_tasks or num)
+      adversary = r.adversary.start(adversary_key, self.num_tasks or num)
       adversary_state = jax.vmap(r.adversary.tx.init)(adversary)
     return MetaState(
       key=mask_key,
@@ -269,12 +269,15 @@ class _Engine:
       forward = self._alone(model)
     plain = self._combine(model, state.coefficients, {}) if r.shared else None
 
-    def gain_fn(pixels, images, references):
+    def gain_fn(pixels, images, references, classes):
       clean = self.preprocess_fn(images)
       predicted = forward(clean) if r.labels == 'prediction' else references
       labels, logits = jnp.argmax(predicted, axis=-1), forward(pixels)
       each = losses.cross_entropy(logits, labels)
       gain = jnp.mean(jnp.minimum(each, adversary.cap), axis=-1)
+      if adversary.seeds is not None:
+        away = losses.targeted(logits, labels, jnp.maximum(classes, 0))
+        gain = jnp.where(classes < 0, gain, -away)
       if r.shared:
         apart = losses.unshared_divergence(
           logits,

@@ -19,6 +19,18 @@ import optax
 from dam_jax.typing import Batch, PreprocessFn
 
 
+class Seeds(NamedTuple):
+  """Perturbations that were found before there is a merge.
+
+  Attributes:
+    params: leaves `[S, T, ...]`.
+    classes: `[S, T]` int32 that each leads to.
+  """
+
+  params: Any
+  classes: jax.Array
+
+
 class Adversary(NamedTuple):
   """A family of universal perturbations and how to search it.
 
@@ -35,8 +47,9 @@ class Adversary(NamedTuple):
     restarts: number of independent perturbations, to which the images of a
       step of the masks are dealt. They ascend together before the first such
       step, and take turns from then on.
-    seeds: perturbations that never move, leaves `[seeds, T, ...]`, to which
-      images are dealt as well; None has none.
+    seeds: each never moves, but a copy of it takes turns with the restarts,
+      and leads the merge to the seed's class as the masks learn; images are
+      dealt to both. None has none.
   """
 
   init: Callable[[jax.Array, int], Any]
@@ -47,10 +60,22 @@ class Adversary(NamedTuple):
   ascents: int = 1
   cap: float = float('inf')
   restarts: int = 1
-  seeds: Any = None
+  seeds: Seeds | None = None
+
+  @property
+  def moving(self) -> int:
+    """Number of perturbations that ascend, `M`: restarts, copies of seeds."""
+    return self.restarts + (len(self.seeds.classes) if self.seeds else 0)
+
+  def start(self, key: jax.Array, num_tasks: int) -> Any:
+    """Returns all perturbations that ascend, leaves `[M, T, ...]`."""
+    params = self.init(key, num_tasks)
+    if self.seeds is None:
+      return params
+    return _joined(params, self.seeds.params)
 
   def turns(self, count: jax.Array, *, warm: bool) -> jax.Array:
-    """Returns which restarts ascend in a step, `[R]`.
+    """Returns which perturbations ascend in a step, `[N]` of `M`.
 
     Args:
       count: [] number of the step.
@@ -58,7 +83,7 @@ class Adversary(NamedTuple):
     """
     if warm:
       return jnp.arange(self.restarts)
-    return (count % self.restarts)[None]
+    return (count % self.moving)[None]
 
   def ascend(
     self,
@@ -71,25 +96,29 @@ class Adversary(NamedTuple):
     """Takes one step of ascent a draw of images.
 
     Args:
-      params: of all restarts, leaves `[restarts, T, ...]`.
-      states: of their optimisers, leaves `[restarts, ...]`.
-      turns: `[R]` which restarts move.
-      draws: of images, `[N, T, B, ...]`.
-      gain_fn: `(pixels, images, references) -> (gain, fooled)`, both `[T]`,
-        where the pixels are the perturbed images.
+      params: of all that move, leaves `[M, T, ...]`.
+      states: of their optimisers, leaves `[M, ...]`.
+      turns: `[N]` which of them do.
+      draws: of images, `[D, T, B, ...]`.
+      gain_fn: `(pixels, images, references, classes) -> (gain, fooled)`, both
+        `[T]`, where the pixels are the perturbed images, and `[T]` classes are
+        those to lead to, -1 for none.
 
     Returns:
-      Parameters and states, and of the last draw, as means over the restarts
-      that moved: 'loss' `[T]` is minus the gain, 'fooled' `[T]`, 'grad_norm'
-      [].
+      Parameters and states, and of the last draw, as means over those that
+      moved: 'loss' `[T]` is minus the gain, 'fooled' `[T]`, 'grad_norm' [].
     """
+    classes = jnp.full((self.restarts, draws.images.shape[1]), -1, jnp.int32)
+    if self.seeds is not None:
+      classes = jnp.concatenate([classes, self.seeds.classes])
+    classes = classes[turns]
 
-    def step(own, draw):
+    def step(own, classes, draw):
       params, state = own
 
       def objective(params):
         pixels = self.perturb(params, draw.images, False)
-        gain, fooled = gain_fn(pixels, draw.images, draw.references)
+        gain, fooled = gain_fn(pixels, draw.images, draw.references, classes)
         loss = self.price(params).astype(gain.dtype) - jnp.sum(gain)
         return loss, {'loss': -gain, 'fooled': fooled}
 
@@ -99,7 +128,10 @@ class Adversary(NamedTuple):
       return (self.project(optax.apply_updates(params, updates)), state), found
 
     before = jax.tree.map(lambda x: x[turns], (params, states))
-    after, found = jax.lax.scan(jax.vmap(step, (0, None)), before, draws)
+    steps = jax.vmap(step, (0, 0, None))
+    after, found = jax.lax.scan(
+      lambda own, draw: steps(own, classes, draw), before, draws
+    )
     params, states = jax.tree.map(
       lambda old, new: old.at[turns].set(new), (params, states), after
     )
@@ -107,10 +139,10 @@ class Adversary(NamedTuple):
     return params, states, found
 
   def deal(self, params: Any, images: jax.Array, count: jax.Array) -> jax.Array:
-    """Perturbs each image of a batch with one of the restarts or seeds.
+    """Perturbs each image of a batch with one that moves, or a seed.
 
     Args:
-      params: of all restarts, leaves `[restarts, T, ...]`.
+      params: of all that move, leaves `[M, T, ...]`.
       images: `[T, B, H, W, C]` in [0, 1].
       count: [] number of the step, from which the dealing goes on.
 
@@ -118,9 +150,7 @@ class Adversary(NamedTuple):
       `[T, B, H, W, C]`, what the model reads.
     """
     if self.seeds is not None:
-      params = jax.tree.map(
-        lambda moved, fixed: jnp.concatenate([moved, fixed]), params, self.seeds
-      )
+      params = _joined(params, self.seeds.params)
     num, all_hands = images.shape[1], len(jax.tree.leaves(params)[0])
     hands = (count * num + jnp.arange(num, dtype=count.dtype)) % all_hands
 
@@ -129,6 +159,10 @@ class Adversary(NamedTuple):
       return self.perturb(own, image[:, None], True)[:, 0]
 
     return jax.vmap(perturb, in_axes=(0, 1), out_axes=1)(hands, images)
+
+
+def _joined(*params: Any) -> Any:
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *params)
 
 
 def _check(ascents: int, restarts: int, image_shape: Sequence[int]) -> None:
@@ -224,7 +258,7 @@ def soft_patch(
   ascents: int = 4,
   restarts: int = 2,
   cap: float = 20.0,
-  seeds: SoftPatch | None = None,
+  seeds: Seeds | None = None,
 ) -> Adversary:
   """Soft patches, `x' = (1 - s(a)) x + s(a) s(b)` with the sigmoid `s`.
 
@@ -240,7 +274,7 @@ def soft_patch(
     ascents: steps of it before each step of the masks.
     restarts: independent patches a task.
     cap: on the cross-entropy that is worth ascending, in nats.
-    seeds: patches that never move, leaves `[seeds, T, H, W, ...]`.
+    seeds: patches and the classes they lead to; copies of them move.
 
   Returns:
     The adversary; its parameters are a `SoftPatch`.
@@ -273,12 +307,15 @@ def soft_patch(
     return price * jnp.sum(jax.nn.relu(covered / area - 1))
 
   if seeds is not None:
-    found = [x.shape[-3:] for x in seeds]
-    want = [(*image_shape[:2], 1), image_shape]
-    if found != want or seeds.mask_logits.ndim != 5:
+    found = [x.shape for x in (*seeds.params, seeds.classes)]
+    lead = found[-1]
+    if len(lead) != 2 or found[:2] != [
+      (*lead, *image_shape[:2], 1),
+      (*lead, *image_shape),
+    ]:
       raise ValueError(
-        f'seeds must be [seeds, T, ...] of images {want}, got '
-        f'{[x.shape for x in seeds]}'
+        f'seeds must be [S, T, ...] of images {image_shape} and their masks, '
+        f'and classes [S, T], got {found}'
       )
   return Adversary(
     init_fn,

@@ -344,7 +344,7 @@ def build(
   image_shape: tuple[int, int, int],
   inputs_fn: dj.typing.InputsFn,
   levels: Sequence[str],
-  seeds: dj.perturbations.SoftPatch | None = None,
+  seeds: dj.perturbations.Seeds | None = None,
 ) -> dj.Merger:
   """Makes a merger.
 

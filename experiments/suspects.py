@@ -15,6 +15,7 @@ import numpy as np
 from dam_jax import audit
 from dam_jax import checkpoint
 from dam_jax.data.tasks import Task
+from dam_jax.perturbations import Seeds
 from dam_jax.perturbations import SoftPatch
 
 AREAS = (10.0, 18.0, 28.0, 40.0)
@@ -107,8 +108,10 @@ def find(
   return out
 
 
-def seeds(suspects: Sequence[Suspect]) -> SoftPatch:
+def seeds(suspects: Sequence[Suspect]) -> Seeds:
   """Returns the triggers of all experts, leaves `[S, T, H, W, ...]`."""
-  return jax.tree.map(
+  patches = jax.tree.map(
     lambda *x: jnp.stack(x, axis=1), *[suspect.seeds for suspect in suspects]
   )
+  classes = jnp.array([suspect.target for suspect in suspects], jnp.int32)
+  return Seeds(patches, jnp.broadcast_to(classes, patches[0].shape[:2]))

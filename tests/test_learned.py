@@ -4,12 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import dam_jax as dj
 from dam_jax.learned import Quirks
 from dam_jax.masks import Mask
+from dam_jax.perturbations import Seeds
+from dam_jax.perturbations import SoftPatch
 
 SHAPE = (4, 4, 3)
 
@@ -41,6 +44,41 @@ def test_dam_robust_lowers_its_losses_and_the_adversary_raises_its_own(tiny):
   for name in ('clean/loss', 'safety/loss'):
     loss = metrics[name][warm:].sum(axis=1)
     assert loss[-1] < loss[0] - 0.1
+
+
+def test_copies_of_seeds_lead_the_merge_to_their_class(tiny):
+  shape = (1, 3, *SHAPE[:2])
+  patches = SoftPatch(jnp.full((*shape, 1), -2.0), jnp.zeros((*shape, 3)))
+  seeds = Seeds(patches, jnp.array([[1, 2, 0]], jnp.int32))
+  merger = dj.dam_robust(
+    tiny.logits_fn,
+    image_shape=SHAPE,
+    area=16.0,
+    restarts=1,
+    warmup_ascents=1,
+    ascents=20,
+    seeds=seeds,
+    steps=1,
+  )
+  batch = tiny.batch(merger.plan.phases, size=8)
+  state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
+  merged = merger.finalize(state, tiny.base, tiny.experts)
+  # Step 0 moves the restart, step 1 the copy.
+  for _ in range(2):
+    old = state.adversary
+    state, _ = merger.step(state, tiny.base, tiny.experts, batch)
+  np.testing.assert_array_equal(state.adversary[0][0], old[0][0])
+
+  def log_probs(patches):
+    patch = jax.tree.map(lambda x: x[1], patches)
+    opacity, pattern = patch.opacity()[:, None], patch.pattern()[:, None]
+    pixels = (1 - opacity) * batch.images[0] + opacity * pattern
+    found = jax.nn.log_softmax(tiny.logits_fn(merged, pixels))
+    return jnp.stack(
+      [x[:, c].mean() for x, c in zip(found, (1, 2, 0), strict=True)]
+    )
+
+  assert (log_probs(state.adversary) > log_probs(old) + 0.1).all()
 
 
 def preprocess(images):

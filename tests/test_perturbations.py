@@ -122,15 +122,15 @@ def _climb(adversary, steps):
 
   labels = jnp.argmax(logits_fn(preprocess(images)), axis=-1)
 
-  def gain_fn(pixels, images, references):
-    del images, references
+  def gain_fn(pixels, images, references, classes):
+    del images, references, classes
     logits = logits_fn(pixels)
     gain = jnp.mean(losses.cross_entropy(logits, labels), axis=-1)
     return gain, jnp.mean(jnp.argmax(logits, axis=-1) != labels, axis=-1)
 
   def loss_fn(params):
     pixels = adversary.perturb(params, images, False)
-    return jnp.mean(gain_fn(pixels, images, None)[0])
+    return jnp.mean(gain_fn(pixels, images, None, None)[0])
 
   @jax.jit
   def run(key):
@@ -187,15 +187,42 @@ def test_images_are_dealt_to_the_restarts():
 
 def test_images_are_dealt_to_seeds_too_which_never_move():
   _, given = some_patches(restarts=3)
-  seeds = jax.tree.map(lambda x: x[1:], given)
-  adversary, params = some_patches(restarts=1, seeds=seeds)
-  assert params.mask_logits.shape[0] == 1
+  patches = jax.tree.map(lambda x: x[1:2], given)
+  seeds = perturbations.Seeds(patches, jnp.zeros((1, T), jnp.int32))
+  adversary, free = some_patches(restarts=1, seeds=seeds)
+  start = adversary.start(jax.random.key(0), T)
+  for x, own, seed in zip(start, free, patches, strict=True):
+    np.testing.assert_array_equal(x, jnp.concatenate([own, seed]))
+  moved = jax.tree.map(lambda x: x + 1, start)
   images = jnp.asarray(make_images())
-  got = adversary.deal(params, images, jnp.int32(0))
-  for i, own in enumerate((params, seeds, seeds)):
-    own = jax.tree.map(lambda x, i=i: x[max(0, i - 1)], own)
+  got = adversary.deal(moved, images, jnp.int32(0))
+  for i, (own, at) in enumerate(((moved, 0), (moved, 1), (patches, 0))):
+    own = jax.tree.map(lambda x, at=at: x[at], own)
     want = adversary.perturb(own, images, True)[:, i]
     np.testing.assert_allclose(got[:, i], want, rtol=1e-6)
+
+
+def test_copies_of_seeds_take_turns_and_lead_to_their_classes():
+  patches = jax.tree.map(jnp.zeros_like, some_patches(restarts=2)[1])
+  classes = jnp.array([[0, 1], [2, 0]], jnp.int32)
+  adversary, _ = some_patches(
+    restarts=1, seeds=perturbations.Seeds(patches, classes)
+  )
+  params = adversary.start(jax.random.key(0), T)
+  states = jax.vmap(adversary.tx.init)(params)
+  draws = Batch(jnp.asarray(make_images())[None])
+
+  def gain_fn(pixels, images, references, classes):
+    del images, references
+    zero = 0 * jnp.mean(pixels, axis=(1, 2, 3, 4))
+    return zero - classes.astype(zero.dtype), zero
+
+  for count, want in enumerate([[-1, -1], [0, 1], [2, 0], [-1, -1]]):
+    turns = adversary.turns(jnp.int32(count), warm=False)
+    assert turns.tolist() == [count % 3]
+    *_, found = adversary.ascend(params, states, turns, draws, gain_fn)
+    assert found['loss'].tolist() == want
+  assert adversary.turns(jnp.int32(2), warm=True).tolist() == [0]
 
 
 def test_restarts_ascend_on_their_own():
@@ -204,8 +231,9 @@ def test_restarts_ascend_on_their_own():
   images = jnp.asarray(make_images())
   draws = Batch(jnp.stack([images, images[:, ::-1]]))
 
-  def gain_fn(pixels, images, references):
+  def gain_fn(pixels, images, references, classes):
     assert references is None
+    del classes
     gain = jnp.mean(jnp.square(pixels - images), axis=(1, 2, 3, 4))
     return gain, gain > 1
 
@@ -238,8 +266,13 @@ def test_restarts_ascend_on_their_own():
     (perturbations.soft_patch, {'image_shape': (0, 5, 3)}, r'got \(0, 5, 3\)'),
     (
       perturbations.soft_patch,
-      {'seeds': perturbations.SoftPatch(jnp.zeros((2, 5, 1)), jnp.zeros(3))},
-      r'seeds must be .* got \[\(2, 5, 1\), \(3,\)\]',
+      {
+        'seeds': perturbations.Seeds(
+          perturbations.SoftPatch(jnp.zeros((2, 5, 1)), jnp.zeros(3)),
+          jnp.zeros((2, 1), jnp.int32),
+        )
+      },
+      r'seeds must be .* got \[\(2, 5, 1\), \(3,\), \(2, 1\)\]',
     ),
   ],
 )
