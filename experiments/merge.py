@@ -99,18 +99,21 @@ class Run:
     )
     _claim(workdir, {'config': config.to_dict(), 'hashes': dict(setup.hashes)})
 
-  def audit(self, advance: Advance) -> None:
+  def audit(self, folder: pathlib.Path, advance: Advance) -> None:
     """Searches triggers on the experts, from which `dam_robust` then starts.
 
     Args:
+      folder: where they are kept.
       advance: told how many experts are done.
     """
     setup = self.setup
+    paths = [setup.pool.experts[task.name] for task in setup.pool.tasks]
     self.suspects = suspects.find(
       setup.image_logits_fn,
       setup.experts,
       setup.pool.tasks,
-      folder=self.workdir / 'suspects',
+      [setup.hashes[path.stem] for path in paths],
+      folder=folder,
       seed=self.config.seed,
       advance=advance,
     )
@@ -392,7 +395,11 @@ def _claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
 
 
 def run(
-  config: config_dict.ConfigDict, workdir: pathlib.Path, console: Console
+  config: config_dict.ConfigDict,
+  workdir: pathlib.Path,
+  console: Console,
+  *,
+  audits: pathlib.Path | None = None,
 ) -> dict[str, Any]:
   """Runs all that a config asks for and writes the report.
 
@@ -400,6 +407,8 @@ def run(
     config: see `experiments.load.KEYS`.
     workdir: where to write.
     console: to show progress and the table on.
+    audits: where triggers found on experts are kept, which runs may share; the
+      workdir's 'suspects' if None.
 
   Returns:
     What report.json holds.
@@ -424,7 +433,8 @@ def run(
     bars = stack.enter_context(_progress(console))
     if config.audit:
       bar = bars.add_task('triggers on experts', total=len(setup.tasks))
-      this.audit(functools.partial(bars.advance, bar))
+      advance = functools.partial(bars.advance, bar)
+      this.audit(audits or workdir / 'suspects', advance)
       bars.remove_task(bar)
     this.compile_ahead(executor)
     total = bars.add_task('methods and controls', total=len(names))

@@ -105,7 +105,7 @@ def run(
     if state == 'done':
       continue
     begin = time.perf_counter()
-    error = _run_cell(own, folders[i], console, cell.name)
+    error = _run_cell(own, folders[i], workdir / 'suspects', console)
     seconds = time.perf_counter() - begin
     console.print(
       f'{i + 1}/{len(cells)} {cell.name}: {error or f"{seconds:.0f} s"}',
@@ -122,14 +122,14 @@ def run(
 def _run_cell(
   config: config_dict.ConfigDict,
   folder: pathlib.Path,
+  audits: pathlib.Path,
   console: Console,
-  name: str,
 ) -> str:
   """Runs a cell and returns what went wrong, if anything."""
   folder.mkdir(parents=True, exist_ok=True)
-  with (folder / 'log.txt').open('a') as file, console.status(name):
+  with (folder / 'log.txt').open('a') as file, console.status(folder.name):
     try:
-      merge.run(config, folder, Console(file=file, width=160))
+      merge.run(config, folder, Console(file=file, width=160), audits=audits)
     except (ArithmeticError, OSError, RuntimeError, ValueError) as e:
       traceback.print_exc(file=file)
       return f'{type(e).__name__}: {e}'

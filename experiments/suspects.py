@@ -44,6 +44,7 @@ def find(
   task_logits_fn: Any,
   experts: Any,
   tasks: Sequence[Task],
+  hashes: Sequence[str],
   *,
   folder: pathlib.Path,
   seed: int,
@@ -56,7 +57,8 @@ def find(
     task_logits_fn: `(params, task, images in [0, 1]) -> logits`.
     experts: leaves `[T, ...]`.
     tasks: of the experts, whose dev images are used.
-    folder: where what was found is kept, and read again.
+    hashes: SHA-256 of each expert's file.
+    folder: where what was found is kept, and read again; runs may share it.
     seed: of the search.
     images: dev images a task.
     advance: told of each expert that is done.
@@ -72,12 +74,12 @@ def find(
     area=20 * scale,
   )
   out = []
-  for t, task in enumerate(tasks):
-    path = folder / f'{task.name}.npz'
+  for t, (task, own) in enumerate(zip(tasks, hashes, strict=True)):
+    pixels = jnp.asarray(task.dev.images[:images]).astype(jnp.float32) / 255
+    path = folder / f'{task.name}-{own[:16]}-{len(pixels)}-{seed}.npz'
     if not path.exists():
       params = jax.tree.map(lambda x, t=t: x[t], experts)
-      pixels = jnp.asarray(task.dev.images[:images]).astype(jnp.float32) / 255
-      key = jax.random.fold_in(jax.random.key(seed), t)
+      key = jax.random.fold_in(jax.random.key(seed), int(own[:8], 16))
       found = inverter.search(key, params, t, pixels, len(task.label_names))
       seeds = inverter.invert(
         key,

@@ -100,6 +100,7 @@ def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
       setup.image_logits_fn,
       setup.experts,
       setup.pool.tasks,
+      ['0a' * 32, '0b' * 32, '0c' * 32],
       folder=tmp_path,
       seed=0,
       images=8,
@@ -108,8 +109,10 @@ def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
   found = find()
   seeds = suspects.seeds(found)
   shape = (len(suspects.AREAS), 3, *setup.image_shape)
-  assert seeds.pattern_logits.shape == shape
-  covered = np.asarray(seeds.opacity()).sum((-3, -2, -1))
+  assert seeds.params.pattern_logits.shape == shape
+  targets = [suspect.target for suspect in found]
+  assert seeds.classes.tolist() == [targets] * len(suspects.AREAS)
+  covered = np.asarray(seeds.params.opacity()).sum((-3, -2, -1))
   assert covered[0].mean() < covered[-1].mean()
   times = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
   for a, b in zip(found, find(), strict=True):

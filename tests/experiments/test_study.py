@@ -195,9 +195,10 @@ def test_a_study_goes_on_where_it_was(done, monkeypatch):
   (lost / 'report.json').unlink()
   ran, run = [], merge.run
 
-  def count(config, folder, console):
+  def count(config, folder, console, *, audits):
+    assert audits == workdir / 'suspects'
     ran.append(folder.name)
-    return run(config, folder, console)
+    return run(config, folder, console, audits=audits)
 
   monkeypatch.setattr(merge, 'run', count)
   again = study.run(config, workdir, _quiet())
@@ -216,10 +217,10 @@ def test_another_study_is_refused(done):
 def test_a_cell_that_fails_is_reported_and_no_more(pool, tmp_path, monkeypatch):
   run = merge.run
 
-  def fail(config, folder, console):
+  def fail(config, folder, console, *, audits):
     if config.bad == 'badnets_two_0':
       raise FloatingPointError('loss is nan')
-    return run(config, folder, console)
+    return run(config, folder, console, audits=audits)
 
   monkeypatch.setattr(merge, 'run', fail)
   config = _config(pool, sections='succession', methods='average')
