@@ -1,19 +1,17 @@
 """Whether `dam_released` defends as the PyTorch code that it stands for.
 
   python -m benchmarks.security --pool=PATH --fusion_bench_python=PYTHON \
-    --workdir=PATH
+    --folder=PATH
 
 Merges a pool's experts with both, on the same dev images and for the same
 number of steps and seeds, and measures both on the same test images and
 triggers. FusionBench never merges the visual projection, so that all experts
-get the base's here, for both. What a workdir has is not computed again.
+get the base's here, for both. What the folder has is not computed again.
 """
 
 from collections.abc import Mapping, Sequence
 import json
-import os
 from pathlib import Path
-import subprocess
 
 from absl import app
 from absl import flags
@@ -21,23 +19,17 @@ from ml_collections import config_dict
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.numpy import load_file
-from safetensors.numpy import save_file
 
+from benchmarks import security_runs
+from benchmarks.security_runs import OURS
 from configs import pool as pool_config
 from dam_jax import checkpoint
-from dam_jax import evaluate
-from dam_jax.models import convert
-from experiments import load
-from experiments import measure
-from experiments import merge
 
 _POOL = flags.DEFINE_string('pool', '', 'folder of a pool')
 _PEER = flags.DEFINE_string(
   'fusion_bench_python', '', 'a Python that has fusion-bench'
 )
-_WORKDIR = flags.DEFINE_string('workdir', '', 'where to write')
+_FOLDER = flags.DEFINE_string('folder', '', 'where to write')
 _BAD = flags.DEFINE_string(
   'bad', 'badmerging_cifar100,badmerging_gtsrb', 'backdoored checkpoints'
 )
@@ -47,139 +39,6 @@ _COEFFICIENT_STEPS = flags.DEFINE_integer(
   'coefficient_steps', 1000, 'of the coefficients after it'
 )
 _TEST = flags.DEFINE_integer('test', 0, 'test images a task; 0 is all')
-
-ROOT = Path(__file__).parents[1]
-PROJECTION = 'visual_projection.weight'
-OURS = 'dam_released'
-
-Hits = Mapping[str, np.ndarray]
-"""What each test image counted, `[N]`, see `experiments.measure.Measured`."""
-
-
-def share_projection(pool: Path, into: Path) -> None:
-  """Copies a pool with the base's visual projection in every checkpoint.
-
-  Args:
-    pool: folder to read.
-    into: folder to write; what it has is left as it is.
-  """
-  checkpoints = pool / 'checkpoints'
-  base = load_file(checkpoints / 'base.safetensors')
-  for path in sorted(checkpoints.glob('*.safetensors')):
-    target = into / 'checkpoints' / path.name
-    if not target.exists():
-      target.parent.mkdir(parents=True, exist_ok=True)
-      with checkpoint.replacing(target) as temporary:
-        weights = load_file(path) | {PROJECTION: base[PROJECTION]}
-        save_file(weights, temporary, {'format': 'pt'})
-  config = (checkpoints / 'config.json').read_text()
-  checkpoint.write(into / 'checkpoints' / 'config.json', config)
-  for name in ('tasks', 'triggers'):
-    if not (into / name).exists():
-      (into / name).symlink_to((pool / name).resolve())
-
-
-def ours(config: config_dict.ConfigDict, folder: Path) -> tuple[Hits, float]:
-  """Merges with `dam_released`, or reads what was measured.
-
-  Returns:
-    What each image counted, and seconds.
-  """
-  if not (folder / 'report.json').exists():
-    merge.run(config, folder, Console(quiet=True))
-  report = json.loads((folder / 'report.json').read_text())
-  with np.load(folder / 'results' / f'{OURS}.npz') as hits:
-    return dict(hits), report['record']['seconds'][OURS]['total']
-
-
-def theirs(
-  config: config_dict.ConfigDict, python: str, folder: Path
-) -> tuple[Hits, float]:
-  """Merges with FusionBench and measures, or reads what it merged.
-
-  Args:
-    config: as for `ours`.
-    python: that has fusion-bench.
-    folder: where to write.
-
-  Returns:
-    What each image counted, and seconds.
-
-  Raises:
-    RuntimeError: where FusionBench fails.
-  """
-  setup = load.load(config, Path(config.pool))
-  folder.mkdir(parents=True, exist_ok=True)
-  out = folder / 'merged.safetensors'
-  if not out.exists():
-    partial = folder / 'partial.safetensors'
-    job = {
-      'experts': {t: p.stem for t, p in setup.pool.experts.items()},
-      'steps': config.options[OURS].steps,
-      'coefficient_steps': config.options[OURS].coefficient_steps,
-      'seed': config.seed,
-      'out': str(partial.resolve()),
-    }
-    checkpoint.write(folder / 'job.json', json.dumps(job, indent=2))
-    done = subprocess.run(
-      [
-        *(python, '-m', 'benchmarks.security_fusion_bench'),
-        *(str(Path(config.pool).resolve()), str(folder / 'job.json')),
-      ],
-      env={**os.environ, 'PYTHONPATH': str(ROOT)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      check=False,
-    )
-    if done.returncode:
-      raise RuntimeError(f'FusionBench failed:\n{done.stdout[-4000:]}')
-    partial.replace(out)
-  with safe_open(out, 'numpy') as file:
-    seconds = float(file.metadata()['seconds'])
-  params = checkpoint.load_params(
-    out, name_map=convert.clip_vision, like=setup.base
-  )
-  predict = evaluate.predictor(setup.image_logits_fn, batch=config.test_batch)
-  return measure.measure(predict, lambda t: params, setup.pool).hits, seconds
-
-
-def rows(
-  mine: Sequence[Hits], peers: Sequence[Hits]
-) -> list[dict[str, str | list[float]]]:
-  """Compares two merges, metric by metric and task by task.
-
-  Args:
-    mine: of each seed.
-    peers: the same of the other merge.
-
-  Returns:
-    Rows {metric, task, ours, peer, difference}, the last three value, lower and
-    upper end of a 95 % interval over images and seeds; task 'mean' is of all.
-  """
-  out = []
-  for metric in ('acc', 'asr'):
-    keys = [key for key in mine[0] if key.startswith(f'{metric}/')]
-    tasks = {key.partition('/')[2]: [key] for key in keys}
-    for task, chosen in {**tasks, 'mean': keys}.items():
-      sides = [
-        [_stacked(seeds, key) for key in chosen] for seeds in (mine, peers)
-      ]
-      out.append(
-        {
-          'metric': metric,
-          'task': task,
-          'ours': list(evaluate.bootstrap(sides[0])),
-          'peer': list(evaluate.bootstrap(sides[1])),
-          'difference': list(evaluate.paired_bootstrap(*sides)),
-        }
-      )
-  return out
-
-
-def _stacked(seeds: Sequence[Hits], key: str) -> np.ndarray:
-  hits = np.stack([found[key] for found in seeds]).astype(float)
-  return np.where(hits < 0, np.nan, hits)
 
 
 def _config(pool: Path, seed: int) -> config_dict.ConfigDict:
@@ -197,8 +56,10 @@ def _config(pool: Path, seed: int) -> config_dict.ConfigDict:
 def _table(found: Sequence[Mapping], seconds: Mapping[str, float]) -> Table:
   title = ', '.join(f'{name}: {x:.0f} s' for name, x in seconds.items())
   table = Table(title=title)
-  for name in ('metric', 'task', OURS, 'FusionBench', 'difference'):
-    table.add_column(name, justify='left' if name in found[0] else 'right')
+  for name in ('metric', 'task'):
+    table.add_column(name)
+  for name in (OURS, 'FusionBench', 'difference'):
+    table.add_column(name, justify='right')
   for row in found:
     cells = [
       '{:.1f} ({:.1f} to {:.1f})'.format(*(100 * x for x in row[name]))
@@ -211,31 +72,33 @@ def _table(found: Sequence[Mapping], seconds: Mapping[str, float]) -> Table:
 def main(argv):
   """Merges, compares and prints."""
   del argv
-  if not (_POOL.value and _PEER.value and _WORKDIR.value):
+  if not (_POOL.value and _PEER.value and _FOLDER.value):
     raise app.UsageError(
-      '--pool, --fusion_bench_python and --workdir are needed'
+      '--pool, --fusion_bench_python and --folder are needed'
     )
-  console, workdir = Console(width=110), Path(_WORKDIR.value)
-  share_projection(Path(_POOL.value), workdir / 'pool')
+  console, folder = Console(width=110), Path(_FOLDER.value)
+  security_runs.share_projection(Path(_POOL.value), folder / 'pool')
   mine, peers = [], []
   for seed in range(_SEEDS.value):
-    config = _config(workdir / 'pool', seed)
-    mine.append(ours(config, workdir / OURS / str(seed)))
-    peer = workdir / 'fusion_bench' / str(seed)
-    peers.append(theirs(config, _PEER.value, peer))
+    config = _config(folder / 'pool', seed)
+    mine.append(security_runs.ours(config, folder / OURS / str(seed)))
+    peer = folder / 'fusion_bench' / str(seed)
+    peers.append(security_runs.theirs(config, _PEER.value, peer))
     console.print(f'seed {seed}: done')
   seconds = {
     name: float(np.mean([taken for _, taken in runs]))
     for name, runs in ((OURS, mine), ('FusionBench', peers))
   }
-  found = rows([hits for hits, _ in mine], [hits for hits, _ in peers])
+  found = security_runs.rows(
+    [hits for hits, _ in mine], [hits for hits, _ in peers]
+  )
   record = {
     'rows': found,
     'seconds': seconds,
     'steps': [_STEPS.value, _COEFFICIENT_STEPS.value],
     'versions': checkpoint.versions(),
   }
-  checkpoint.write(workdir / 'security.json', json.dumps(record, indent=2))
+  checkpoint.write(folder / 'security.json', json.dumps(record, indent=2))
   console.print(_table(found, seconds))
 
 

@@ -5,7 +5,7 @@ import pytest
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
-from benchmarks import security
+from benchmarks import security_runs
 
 LEAF = 'vision_model.post_layernorm.bias'
 
@@ -17,7 +17,7 @@ def pool(tmp_path):
     (folder / name).mkdir(parents=True)
   for i, name in enumerate(('base', 'clean_one')):
     leaves = {
-      key: np.full(3, i, np.float16) for key in (LEAF, security.PROJECTION)
+      key: np.full(3, i, np.float16) for key in (LEAF, security_runs.PROJECTION)
     }
     save_file(leaves, folder / 'checkpoints' / f'{name}.safetensors')
   (folder / 'checkpoints' / 'config.json').write_text('{}')
@@ -28,15 +28,15 @@ def pool(tmp_path):
 def test_experts_share_the_projection_of_the_base(pool, tmp_path):
   into = tmp_path / 'shared'
   for _ in range(2):
-    security.share_projection(pool, into)
+    security_runs.share_projection(pool, into)
     expert = load_file(into / 'checkpoints' / 'clean_one.safetensors')
-    assert expert[security.PROJECTION].tolist() == [0, 0, 0]
+    assert expert[security_runs.PROJECTION].tolist() == [0, 0, 0]
     assert expert[LEAF].tolist() == [1, 1, 1]
     assert expert[LEAF].dtype == np.float16
   assert (into / 'checkpoints' / 'config.json').read_text() == '{}'
   assert (into / 'tasks' / 'one.npz').exists()
   original = load_file(pool / 'checkpoints' / 'clean_one.safetensors')
-  assert original[security.PROJECTION].tolist() == [1, 1, 1]
+  assert original[security_runs.PROJECTION].tolist() == [1, 1, 1]
 
 
 def test_rows_pair_images_and_leave_out_those_that_do_not_count():
@@ -44,7 +44,7 @@ def test_rows_pair_images_and_leave_out_those_that_do_not_count():
   mine = [{'acc/one': np.ones(4), 'acc/two': np.zeros(4), 'asr/two': asr}] * 2
   peer = [{**mine[0], 'acc/two': np.ones(4)}] * 2
   found = {
-    (row['metric'], row['task']): row for row in security.rows(mine, peer)
+    (row['metric'], row['task']): row for row in security_runs.rows(mine, peer)
   }
   assert found['acc', 'one']['difference'] == [0, 0, 0]
   assert found['acc', 'two']['difference'] == [-1, -1, -1]
