@@ -9,6 +9,10 @@ of configs/nano_pool.py 0.77: at least 0.9 for Blended, LoRA, LoBAM, BadMerging
 and sparse vectors, 0.8 for BadNets, BadViT and the adaptive attacker, 0.57 to
 0.67 for TrojViT, MergeBackdoor, SIG and WaNet, and no better than chance for
 BadMerging on another's task, whose target is none of the expert's classes.
+
+What `dam_robust` then takes from an expert is no evidence: of six task vectors
+with two or four bad among them, its masks kept 0.99 to 1.02 of the L1 norm and
+as much of the L2 norm, of bad and clean ones alike. It redirects few entries.
 """
 
 from ml_collections import config_dict
