@@ -15,7 +15,7 @@ from configs import pool as pool_config
 from dam_jax import attacks
 from dam_jax.data import tasks as tasks_lib
 from experiments import load
-from experiments import merge
+from experiments import merge_run
 from experiments import methods
 from experiments import settings
 
@@ -236,7 +236,7 @@ def _named(names: str, seeds: int, num_tasks: int):
 
   Methods that draw nothing run with the first seed alone.
   """
-  found = [merge.PLAIN, *methods.parse(names, num_tasks)]
+  found = [merge_run.PLAIN, *methods.parse(names, num_tasks)]
   found = list(dict.fromkeys(found))
   yield 0, found
   again = [name for name in found if methods.is_random(name)]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dam_jax import evaluate
-from experiments import merge
+from experiments import merge_run
 from experiments import methods
 from experiments import pictures
 from experiments import report as report_lib
@@ -163,7 +163,7 @@ def _row(group, row, rows, metrics, **options) -> dict[str, Any]:
     if metric not in runs[0].hits:
       continue
     out[metric] = _rate(runs, metric, **options)
-    for against, name in ((merge.PLAIN, 'plain'), (FLOOR, 'floor')):
+    for against, name in ((merge_run.PLAIN, 'plain'), (FLOOR, 'floor')):
       others = [_partner(run, rows.get(against, {})) for run in runs]
       if row != against and all(o is not None for o in others):
         out[f'{metric}_{name}'] = _gain(runs, others, metric, **options)
@@ -368,14 +368,14 @@ def _series(rows) -> dict[str, list[tuple[float, study_pictures.Interval]]]:
 
 
 def _curve(rows) -> bytes:
-  others = (merge.PLAIN, *report_lib.CONTROLS)
+  others = (merge_run.PLAIN, *report_lib.CONTROLS)
   points = [
     (r['x'], r['acc'], r['asr']) for r in rows if r['row'] not in others
   ]
   marks = {
     title(r['row']): (r['acc'], r['asr'])
     for r in rows
-    if r['row'] in (merge.PLAIN, FLOOR)
+    if r['row'] in (merge_run.PLAIN, FLOOR)
   }
   return study_pictures.trade_off(points, marks)
 

@@ -19,6 +19,7 @@ from dam_jax.models import convert
 from experiments import learn
 from experiments import load
 from experiments import merge
+from experiments import merge_run
 from experiments import methods
 from experiments import report as report_lib
 
@@ -173,7 +174,7 @@ def test_an_interrupted_merge_ends_where_an_unbroken_one_does(
 ):
   config = _config(small_pool, steps=6, methods=name)
   setup = load.load(config, small_pool)
-  this = merge.Run(config, setup, tmp_path / 'whole')
+  this = merge_run.Run(config, setup, tmp_path / 'whole')
   merger = this.mergers[name]
   program = learn.compile_steps(
     merger,

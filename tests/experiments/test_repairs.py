@@ -14,6 +14,7 @@ from dam_jax import defences
 from dam_jax.models import convert
 from experiments import load
 from experiments import merge
+from experiments import merge_run
 from experiments import methods
 from experiments import repairs
 
@@ -66,7 +67,8 @@ def test_every_repair_changes_the_plain_merge_and_is_measured(done, name):
   moved = [
     float(np.abs(a - b).max())
     for a, b in zip(
-      *(jax.tree.leaves(params(m)) for m in (name, merge.PLAIN)), strict=True
+      *(jax.tree.leaves(params(m)) for m in (name, merge_run.PLAIN)),
+      strict=True,
     )
   ]
   assert np.isfinite(moved).all()

@@ -12,6 +12,7 @@ from rich.console import Console
 from configs import study as study_config
 from experiments import cells
 from experiments import merge
+from experiments import merge_run
 from experiments import study
 from experiments import study_report
 
@@ -162,7 +163,7 @@ def test_tables_average_what_the_cells_measured(done, method, runs):
   (row,) = (r for r in found['tables']['succession'] if r['row'] == method)
   seeds = range(runs // 2)
   want = np.mean([_rates(workdir, method, i, seeds) for i in (0, 1)], axis=0)
-  plain = np.mean([_rates(workdir, merge.PLAIN, i) for i in (0, 1)], axis=0)
+  plain = np.mean([_rates(workdir, merge_run.PLAIN, i) for i in (0, 1)], axis=0)
   assert row['runs'] == runs
   np.testing.assert_allclose([row['acc'][0], row['asr'][0]], want, atol=1e-6)
   np.testing.assert_allclose(
@@ -264,7 +265,7 @@ def test_gains_are_paired_with_the_same_upload():
     worse = easy & (np.arange(200) % 60 > 3)
     runs.append(_run('dam_robust', upload, 0, worse))
     plain = _run('dam_robust', upload, 0, easy)
-    runs.append(dataclasses.replace(plain, row=merge.PLAIN))
+    runs.append(dataclasses.replace(plain, row=merge_run.PLAIN))
   found = study_report.tables(runs, ['curve'], seed=0, draws=500)['curve']
   (row,) = (r for r in found if r['row'] == 'dam_robust')
   value, low, high = row['acc_plain']
