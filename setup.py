@@ -44,7 +44,9 @@ EXPERIMENTS = [
 BENCH = [
   'fusion-bench==0.2.33',
   'mergekit==0.1.5',
+  'omegaconf>=2.3',
   'torch>=2.13',
+  'transformers>=4.57',
 ]
 TEST = [
   *DATA,
