@@ -46,7 +46,7 @@ BENCH = [
   'mergekit==0.1.5',
   'omegaconf>=2.3',
   'torch>=2.13',
-  'transformers>=4.57',
+  'transformers>=5.0',
 ]
 TEST = [
   *DATA,
