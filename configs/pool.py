@@ -17,16 +17,18 @@ command was not run on the whole split yet:
 
 With 300 test images a task, on 2 cores:
 
-  2 bad, 150 steps
-    task_arithmetic                 | 71.3, 88.2 / 92.2
+  150 steps, dam_robust             | 0 bad: 73.6; 1 bad: 73.6, 2.4
+                                    | 2 bad: 73.3, 1.7 / 1.4
+                                    | 4 bad: 74.1, 3.0 / 0.7 / 12.6 / 2.6
+  the same with other audits, 2 bad
     dam_robust                      | 73.4, 1.0 / 0.3
       with safety_weight=0.3        | 74.1, 3.4 / 2.4
       with safety_weight=0          | 74.2, 91.6 / 90.8
-    the triggers on a clean merge   | 70.8, 4.1 / 0.0
+    task_arithmetic                 | 71.3, 88.2 / 92.2
   4 bad, 300 steps
-    task_arithmetic                 | 70.7, 93.2 / 95.6 / 100.0 / 99.3
     dam_robust                      | 73.8, 0.0 / 0.3 / 4.3 / 5.5
-    the triggers on a clean merge   | 70.8, 4.1 / 0.0 / 40.3 / 33.2
+    task_arithmetic                 | 70.7, 93.2 / 95.6 / 100.0 / 99.3
+  the triggers on a clean merge     | 70.8, 4.1 / 0.0 / 40.3 / 33.2
 
 What each part of `dam_robust` is worth, as the ASR of gtsrb that stays with 2
 bad: patches that start on the merged model 45, for there they never meet that
