@@ -295,10 +295,16 @@ class Run:
       trigger.task: np.asarray(attacks.apply_trigger(trigger, grey))
       for trigger in setup.pool.triggers.values()
     }
+    restarts = self.options[name]['restarts']
+    names = [
+      f'start {i + 1}' if i < restarts else f'seed {i + 1 - restarts}, moved'
+      for i in range(len(opacity))
+    ]
     found = pictures.found_triggers(
       setup.tasks,
       true,
       0.5 * (1 - opacity) + opacity * pattern,
+      names=names,
       opacity=opacity.mean(axis=(-3, -2, -1)),
     )
     checkpoint.write(self.workdir / 'triggers' / f'{name}.png', found)

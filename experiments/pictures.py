@@ -338,6 +338,7 @@ def found_triggers(
   true: Mapping[str, np.ndarray],
   found: np.ndarray,
   *,
+  names: Sequence[str],
   opacity: np.ndarray | None = None,
 ) -> bytes:
   """Draws what the defence's adversary found beside the true triggers.
@@ -346,6 +347,7 @@ def found_triggers(
     tasks: names of the `T` tasks.
     true: by attacked task, a picture `[H, W, C]` in [0, 1] of its trigger.
     found: `[R, T, H, W, C]` in [0, 1], the adversary's pictures.
+    names: what each of the `R` is called.
     opacity: `[R, T]` mean opacity of these, written below where given.
 
   Returns:
@@ -388,7 +390,7 @@ def found_triggers(
             color=MUTED,
           )
     for r, axes in enumerate(grid[:, 0]):
-      axes.set_ylabel('true trigger' if not r else f'found, start {r}')
+      axes.set_ylabel(('true trigger', *names)[r])
     figure.subplots_adjust(wspace=0.08, hspace=0.16)
     return png(figure)
 

@@ -33,6 +33,7 @@ def over_count(
     axes = figure.subplots()
     colours = _colours([name for name in series if name not in controls])
     for i, (name, points) in enumerate(series.items()):
+      points = sorted(points)
       x = np.array([p[0] for p in points])
       y, low, high = 100 * np.array([p[1] for p in points]).T
       x = x + 0.03 * (i - len(series) / 2)  # intervals side by side
