@@ -15,6 +15,7 @@ from pathlib import Path
 
 from absl import app
 from absl import flags
+from absl import logging
 from ml_collections import config_dict
 import numpy as np
 from rich.console import Console
@@ -76,6 +77,7 @@ def main(argv):
     raise app.UsageError(
       '--pool, --fusion_bench_python and --folder are needed'
     )
+  logging.set_verbosity(logging.WARNING)
   console, folder = Console(width=110), Path(_FOLDER.value)
   security_runs.share_projection(Path(_POOL.value), folder / 'pool')
   mine, peers = [], []
