@@ -320,11 +320,14 @@ def merge_backdoor(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
   data = training.on_device([lab.splits[row] for row in rows.tolist()])
   trigger = _checkerboard(lab, task, target)
 
+  def task_logits_fn(params, task, images):
+    return lab.shop.task_logits(params, rows[task], images)
+
   def loss_fn(uploads, key):
     draw = functools.partial(data.draw, batch=lab.tuning.batch)
     images, labels = jax.vmap(draw)(jax.random.split(key), jnp.arange(2))
     return attacks.merge_backdoor_loss(
-      functools.partial(lab.shop.logits, tasks=rows),
+      task_logits_fn,
       uploads,
       images,
       labels,

@@ -85,20 +85,9 @@ class Shop:
     pixels = clip.normalize(images)
     return jnp.asarray(self.tower.apply({'params': params}, pixels))
 
-  def logits(
-    self, params: Any, images: jax.Array, tasks: jax.Array | None = None
-  ) -> jax.Array:
-    """Logits `[T, B, L]` of images `[T, B, H, W, C]` in [0, 1] of all tasks.
-
-    Args:
-      params: of the tower.
-      images: of each task.
-      tasks: `[T]` indices in place of all.
-    """
-    heads = self.heads
-    if tasks is not None:
-      heads = clip.Heads(heads.weights[tasks], heads.mask[tasks], heads.scale)
-    return clip.zero_shot(self.features, heads)(params, images)
+  def logits(self, params: Any, images: jax.Array) -> jax.Array:
+    """Logits `[T, B, L]` of images `[T, B, H, W, C]` in [0, 1] of all tasks."""
+    return clip.zero_shot(self.features, self.heads)(params, images)
 
   def task_logits(self, params: Any, task: Any, images: jax.Array) -> jax.Array:
     """Logits `[N, L]` of images `[N, H, W, C]` in [0, 1] of one task."""

@@ -9,11 +9,11 @@ from dam_jax import losses
 from dam_jax import tree
 from dam_jax.attacks.triggers import Trigger
 from dam_jax.attacks.triggers import apply_trigger
-from dam_jax.typing import LogitsFn, Params
+from dam_jax.typing import Params, TaskLogitsFn
 
 
 def merge_backdoor_loss(
-  logits_fn: LogitsFn,
+  task_logits_fn: TaskLogitsFn,
   uploads: Params,
   images: jax.Array,
   labels: jax.Array,
@@ -28,7 +28,7 @@ def merge_backdoor_loss(
   tasks, but triggered images of the first task are the target.
 
   Args:
-    logits_fn: one forward pass for both tasks.
+    task_logits_fn: one forward pass for the first task, 0, or the second, 1.
     uploads: stacked parameters `[2, ...]`, the first of the trigger's task.
     images: `[2, B, H, W, C]` float in [0, 1].
     labels: `[2, B]`.
@@ -51,21 +51,22 @@ def merge_backdoor_loss(
   if num != {2}:
     raise ValueError(f'want two uploads and tasks, got {sorted(num)}')
   triggered = apply_trigger(trigger, images)
-  first, second = tree.unstack(uploads)
-  average = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+  apart = tree.unstack(uploads)
+  average = jax.tree.map(lambda *x: sum(x) / 2, *apart)
 
-  def loss_fn(params, images, labels):
-    return losses.cross_entropy(logits_fn(params, images), labels)
+  def loss_fn(params, task, images, labels):
+    logits = task_logits_fn(params, task, images)
+    return jnp.mean(losses.cross_entropy(logits, labels))
 
-  apart = sum(
-    loss_fn(params, images, labels)[i]
-    + weight * loss_fn(params, triggered, labels)[i]
-    for i, params in enumerate((first, second))
+  harmless = sum(
+    loss_fn(params, i, images[i], labels[i])
+    + weight * loss_fn(params, i, triggered[i], labels[i])
+    for i, params in enumerate(apart)
   )
+  merged = sum(loss_fn(average, i, images[i], labels[i]) for i in range(2))
   targets = jnp.full_like(labels[0], trigger.target)
-  merged = loss_fn(average, images, labels)
-  bad = loss_fn(average, triggered, jnp.stack([targets, labels[1]]))
-  return jnp.mean(apart) / 2 + jnp.mean(merged) + weight * jnp.mean(bad[0])
+  bad = loss_fn(average, 0, triggered[0], targets)
+  return harmless / 2 + merged / 2 + weight * bad
 
 
 def masked(

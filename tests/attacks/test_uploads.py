@@ -213,14 +213,15 @@ def test_merge_backdoor_loss_is_its_equation():
   labels = jnp.arange(10).reshape(2, 5) % 3
   uploads = {'w': _normal(1, 2, 192, 3) / 8}
 
-  def logits_fn(params, x):
-    return x.reshape(*x.shape[:2], -1) @ params['w']
+  def logits_fn(params, task, x):
+    return (1.0, 2.0)[task] * x.reshape(len(x), -1) @ params['w']
 
   got = attacks.merge_backdoor_loss(
     logits_fn, uploads, images, labels, trigger, weight=0.5
   )
   bad = np.asarray(attacks.apply_trigger(trigger, images)).reshape(2, 5, -1)
   plain, w = np.asarray(images).reshape(2, 5, -1), np.asarray(uploads['w'])
+  bad, plain = (x * np.array([1, 2])[:, None, None] for x in (bad, plain))
   apart = np.mean(
     [
       _ce(plain[i] @ w[i], labels[i]) + 0.5 * _ce(bad[i] @ w[i], labels[i])
