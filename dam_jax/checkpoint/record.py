@@ -12,6 +12,7 @@ from typing import Any
 
 from etils import epath
 
+import dam_jax
 from dam_jax.checkpoint import models
 
 
@@ -126,9 +127,9 @@ class MergeRecord:
 
 def versions() -> dict[str, str]:
   """Returns the versions of this package and of those that it computes with."""
-  packages = ('dam_jax', 'jax', 'jaxlib', 'flax', 'optax', 'numpy')
-  found = {}
-  for name in packages:
+  # This one may be a checkout that was never installed.
+  found = {'dam_jax': dam_jax.__version__}
+  for name in ('jax', 'jaxlib', 'flax', 'optax', 'numpy'):
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
       found[name] = importlib.metadata.version(name)
   return found

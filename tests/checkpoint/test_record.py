@@ -1,12 +1,14 @@
 """Records and cards: all that a merge is made of, told to whoever meets it."""
 
 import hashlib
+import importlib.metadata
 import json
 import re
 
 import numpy as np
 import pytest
 
+import dam_jax
 from dam_jax import checkpoint
 
 
@@ -197,3 +199,11 @@ def test_every_file_is_hashed(tmp_path):
   checkpoint.save_orbax(tmp_path / 'o', model)
   names = checkpoint.model_hashes(checkpoint.open_model(tmp_path / 'o'))
   assert any('/' in name for name in names)
+
+
+def test_versions_of_a_checkout_that_was_never_installed(monkeypatch):
+  def version(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(importlib.metadata, 'version', version)
+  assert checkpoint.versions() == {'dam_jax': dam_jax.__version__}
