@@ -1,6 +1,7 @@
 """What the experiments' commands share: their flags, errors in one line."""
 
 from collections.abc import Callable
+import os
 import pathlib
 import sys
 import time
@@ -23,6 +24,21 @@ Run = Callable[[config_dict.ConfigDict, pathlib.Path, Console], Any]
 """What a command does with its config, its workdir and a console."""
 
 
+_TRITON = '--xla_gpu_enable_triton_gemm'
+
+
+def _spare_gpus() -> None:
+  """Has XLA leave matrix products on GPUs to cuBLAS, unless told otherwise.
+
+  XLA of jaxlib 0.11.2 aborts in `triton_tiling_propagation.cc` where it fuses
+  those of a tower of 8 x 8 patches: seen on an H200, in compiling
+  `dam_jax.evaluate.predict` and `dam_jax.attacks.universal_patch`.
+  """
+  given = os.environ.get('XLA_FLAGS', '')
+  if _TRITON not in given:
+    os.environ['XLA_FLAGS'] = f'{given} {_TRITON}=false'.strip()
+
+
 def start(run: Run, example: str) -> None:
   """Reads the flags and runs.
 
@@ -35,6 +51,7 @@ def start(run: Run, example: str) -> None:
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
     logging.set_verbosity(logging.WARNING)
+    _spare_gpus()
     if _CONFIG.value is None:
       raise app.UsageError(f'--config is missing, such as {example}')
     console = Console(width=None if sys.stdout.isatty() else 160)
