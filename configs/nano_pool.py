@@ -4,9 +4,10 @@ It is for measuring which attacks survive a plain merge and how they spread over
 seeds. With tasks of 32 x 32 images, the base and the clean experts took 5
 minutes on two cores, and 78 uploads 57 and 73 minutes, half of them on each
 core: 27 s for BadNets, 80 s for BadMerging, 205 s for MergeBackdoor, whose loss
-is of seven images in place of one. The attack success of uploads alone and in
-task arithmetic, and what they lose in accuracy against clean experts, least to
-most in per cent and points:
+is of seven images in place of one. On an H200 with 16 cores, 14 processes at
+once made 74 of the uploads within 5 minutes. The attack success of uploads
+alone and in task arithmetic, and what they lose in accuracy against clean
+experts, least to most in per cent and points:
 
   badnets              98-100    7-27    0-2
   blended              90-95     0-30    0-3

@@ -7,8 +7,21 @@
 
 An interrupted study goes on where it was when it is started again with the same
 workdir; so does one with more sections, attacks or seeds. To see one section:
-`--config.sections=defences`. All of them take a night on two cores; one has not
-been run yet.
+`--config.sections=defences`. All of them take a night on two cores, and have
+not been run together yet.
+
+Of the section succession on a nano pool, with 150 steps and 300 test images,
+mean ASR of three uploads on each of svhn and gtsrb; lobam has four of the six:
+
+                 | task_arithmetic | dam_robust | clean merge
+  badmerging     | 86.0            | 2.0        | 11.9
+  badnets        | 19.4            | 0.8        | 2.2
+  lobam          | 66.7            | 15.0       | 8.2
+  merge_backdoor | 76.1            | 54.1       | 5.6
+
+So `dam_robust` undoes BadMerging and BadNets, three of four LoBAM uploads, the
+fourth kept 51.0, and not MergeBackdoor, whose trigger neither upload alone
+knows. ACC is 60 to 62 for both, and 62 to 65 for average.
 
 `--config=configs/study.py:runlocal` is short and shows that all is in place.
 """
