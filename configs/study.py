@@ -24,7 +24,7 @@ fourth kept 51.0, and not MergeBackdoor, whose trigger neither upload alone
 knows. ACC is 60 to 62 for both, and 62 to 65 for average.
 
 Of the sections ablation and curve, as above but with badmerging_svhn_0 alone;
-intervals are 5 wide in ACC and 6 to 11 in ASR:
+intervals are 5 wide in ACC and 4 to 11 in ASR:
 
                              | ACC  | ASR
   task_arithmetic            | 61.5 | 87.1
