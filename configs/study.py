@@ -21,7 +21,7 @@ mean ASR of three uploads on each of svhn and gtsrb; lobam has four of the six:
 
 So `dam_robust` undoes BadMerging and BadNets, three of four LoBAM uploads, the
 fourth kept 51.0, and not MergeBackdoor, whose trigger neither upload alone
-knows. ACC is 60 to 62 for both, and 62 to 65 for average.
+knows. ACC is 59 to 62 for both, and 62 to 65 for average.
 
 Of the sections ablation and curve, as above but with badmerging_svhn_0 alone;
 intervals are 5 wide in ACC and 4 to 11 in ASR:
