@@ -1,9 +1,9 @@
 """Which upload to distrust: triggers inverted on each expert alone.
 
-A backdoored expert calls any image its target once a small trigger is on it.
-So a trigger is searched for every class, and an expert is suspicious where one
-class is reached far more easily than the others. The images are clean and
-unlabelled.
+A backdoored expert calls any image its target once a small trigger is on it,
+and the base, which everyone may download, does not. So a trigger is searched
+for every class that the expert obeys and the base ignores, and an expert is
+suspicious where there is one. The images are clean and unlabelled.
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -13,8 +13,9 @@ unlabelled.
   >>> inverter = Inverter(
   ...   task_logits_fn=logits_fn, image_shape=(4, 4, 3), area=1.0)
   >>> images = jnp.full((8, 4, 4, 3), 0.2)
-  >>> params = jnp.float32(20.0)
-  >>> found = inverter.search(jax.random.key(0), params, 0, images, 3)
+  >>> base, params = jnp.float32(0.0), jnp.float32(20.0)
+  >>> found = inverter.search(
+  ...   jax.random.key(0), params, 0, images, 3, base=base)
   >>> found.classes[0].item(), found.success[0].item()
   (2, 1.0)
   >>> found.suspicion > 1
@@ -42,31 +43,28 @@ class Inversions(NamedTuple):
   Attributes:
     classes: `[C]` that each leads to.
     patches: leaves `[C, H, W, ...]`.
-    log_prob: `[C]` mean log-probability of the class on images with the patch
-      that are not of the class without.
-    success: `[C]` share of these that get the class.
+    lead: `[C]` how much better the model obeys the patch than the base does:
+      the logarithm of the base's loss over the model's, where a loss is the
+      mean cross-entropy to the class on images that are not of it without the
+      patch, and 1 for a base that is not known.
+    success: `[C]` share of these that the model calls the class.
     area: `[C]` pixels that the patch covers.
   """
 
   classes: np.ndarray
   patches: SoftPatch
-  log_prob: np.ndarray
+  lead: np.ndarray
   success: np.ndarray
   area: np.ndarray
 
   @property
   def suspicion(self) -> float:
-    """How far the best class stands out: `log(loss_2 / loss_1)`, at least 0.
+    """How far the best class stands out: its lead over the next one's.
 
-    The losses are the mean cross-entropies to the best and to the second class.
-    A model without a backdoor is led to several classes about as well; 0 is of
-    a model with one class only.
+    Any fine-tuning gives leads, and to several classes alike. At least 0, which
+    is also that of a model with one class.
     """
-    if len(self.log_prob) < 2:
-      return 0.0
-    # Below a thousandth of a nat the difference is the optimiser's.
-    first, second = np.maximum(-self.log_prob[:2], 1e-3)
-    return float(np.log(second / first))
+    return float(self.lead[0] - self.lead[1]) if len(self.lead) > 1 else 0.0
 
 
 def apply_patch(patch: SoftPatch, images: jax.Array) -> jax.Array:
@@ -83,8 +81,10 @@ def _rows(tree: Any, at: Any) -> Any:
 class Inverter:
   """A search for triggers, one a class, which is compiled once.
 
-  It descends the cross-entropy to the class over soft patches, plus
-  `price * relu(covered / area - 1)`, on images that it draws.
+  It descends, over soft patches and on images that it draws,
+  `-log p(class) - log(1 - p_base(class)) + price * relu(covered / area - 1)`.
+  Without the second term the best patches are often those that look like a
+  class; where no base is known, there is none.
 
   Attributes:
     task_logits_fn: `(params, task, images [N, H, W, C] in [0, 1]) -> [N, L]`.
@@ -141,6 +141,8 @@ class Inverter:
     task: Any,
     images: jax.Array,
     num_classes: int,
+    *,
+    base: Any = None,
   ) -> Inversions:
     """Searches a trigger for every class.
 
@@ -150,12 +152,13 @@ class Inverter:
       task: index.
       images: `[N, H, W, C]` in [0, 1].
       num_classes: `L`.
+      base: that the model was fine-tuned from, if it is known.
 
     Returns:
       Those of the classes kept.
     """
     begin, first_key, last_key = jax.random.split(key, 3)
-    run = functools.partial(self._run, params=params, task=task)
+    run = functools.partial(self._run, models=(params, base), task=task)
     own = np.arange(num_classes)
     carry, (first, *_) = run(
       first_key,
@@ -188,6 +191,8 @@ class Inverter:
     images: jax.Array,
     classes: Sequence[int],
     areas: Sequence[float],
+    *,
+    base: Any = None,
   ) -> Inversions:
     """Searches triggers for given classes, each of its own area.
 
@@ -198,6 +203,7 @@ class Inverter:
       images: `[N, H, W, C]` in [0, 1].
       classes: `C` indices, which may repeat.
       areas: `C`, in pixels.
+      base: that the model was fine-tuned from, if it is known.
 
     Returns:
       All of them, in the order given.
@@ -210,7 +216,7 @@ class Inverter:
     own = np.asarray(classes)
     (patches, _), rates = self._run(
       key,
-      params=params,
+      models=(params, base),
       task=task,
       images=images,
       judged=images,
@@ -230,7 +236,7 @@ class Inverter:
     )
     return patches, jax.vmap(self.tx.init)(patches)
 
-  def _run(self, key, *, params, task, images, judged, own, areas, carry, num):
+  def _run(self, key, *, models, task, images, judged, own, areas, carry, num):
     """Takes some tens of steps, and judges what came of them."""
     found = []
     for begin in range(0, len(own), self.chunk):
@@ -239,18 +245,28 @@ class Inverter:
       part, goal = _rows(carry, at), (own[at], areas[at])
       for i in range(num):
         own_key = jax.random.fold_in(key, i)
-        part = self._descend(own_key, params, task, images, goal, part)
-      rates = self._judge(params, task, judged, own[at], part[0])
+        part = self._descend(own_key, models, task, images, goal, part)
+      rates = self._judge(models, task, judged, own[at], part[0])
       found.append(_rows((part, rates), slice(len(own) - begin)))
     return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
   @functools.partial(jax.jit, static_argnums=0)
-  def _descend(self, key, params, task, images, goal, carry):
+  def _descend(self, key, models, task, images, goal, carry):
+    params, base = models
+
     def loss_fn(patch, images, target, area):
-      logits = self.task_logits_fn(params, task, apply_patch(patch, images))
-      each = losses.cross_entropy(logits, jnp.full(len(images), target))
+      triggered = apply_patch(patch, images)
+      obeyed = losses.cross_entropy(
+        self.task_logits_fn(params, task, triggered),
+        jnp.full(len(images), target),
+      )
+      ignored = 0.0
+      if base is not None:
+        of_base = self.task_logits_fn(base, task, triggered)
+        # 0.999 bounds this, and its gradient, where the base is certain.
+        ignored = -jnp.log1p(-0.999 * jax.nn.softmax(of_base)[:, target])
       over = jax.nn.relu(jnp.sum(patch.opacity()) / area - 1)
-      return jnp.mean(each) + self.price * over
+      return jnp.mean(obeyed + ignored) + self.price * over
 
     def step(carry, key):
       patches, states = carry
@@ -263,19 +279,29 @@ class Inverter:
     return carry
 
   @functools.partial(jax.jit, static_argnums=0)
-  def _judge(self, params, task, images, own, patches):
+  def _judge(self, models, task, images, own, patches):
+    params, base = models
     clean = jnp.argmax(self.task_logits_fn(params, task, images), axis=-1)
 
     def one(args):
       patch, target = args
-      logits = self.task_logits_fn(params, task, apply_patch(patch, images))
-      others = (clean != target).astype(logits.dtype)
-      log_prob = jax.nn.log_softmax(logits)[:, target]
-      hit = (jnp.argmax(logits, axis=-1) == target).astype(logits.dtype)
+      others = (clean != target).astype(jnp.float32)
       count = jnp.maximum(jnp.sum(others), 1)
-      found = jnp.sum(others * log_prob) / count
+      triggered = apply_patch(patch, images)
+
+      def loss(logits):
+        each = losses.cross_entropy(logits, jnp.full(len(images), target))
+        # Below a thousandth of a nat the difference is the optimiser's.
+        return jnp.maximum(jnp.sum(others * each) / count, 1e-3)
+
+      logits = self.task_logits_fn(params, task, triggered)
+      hit = (jnp.argmax(logits, axis=-1) == target).astype(jnp.float32)
+      of_base = 1.0
+      if base is not None:
+        of_base = loss(self.task_logits_fn(base, task, triggered))
+      lead = jnp.log(of_base / loss(logits))
       # Of a class that all images show already there is nothing to say.
-      found = jnp.where(jnp.any(clean != target), found, -jnp.inf)
-      return found, jnp.sum(others * hit) / count, jnp.sum(patch.opacity())
+      lead = jnp.where(jnp.any(clean != target), lead, -jnp.inf)
+      return lead, jnp.sum(others * hit) / count, jnp.sum(patch.opacity())
 
     return jax.lax.map(one, (patches, own))

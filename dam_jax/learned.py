@@ -349,7 +349,7 @@ def dam_robust(
   restarts: int = 4,
   warmup_ascents: int = 100,
   seeds: perturbations.Seeds | None = None,
-  safety_weight: float = 1.0,
+  safety_weight: float = 0.3,
   steps: int = 300,
   preprocess_fn: PreprocessFn = identity,
 ) -> Merger:

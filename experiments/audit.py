@@ -2,8 +2,8 @@
 
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
-For each upload the trigger that leads it most easily to one class is searched
-on it alone, with unlabelled dev images (`dam_jax.audit`). Writes to the
+For each upload the trigger that it obeys and the base does not is searched on
+it alone, with unlabelled dev images (`dam_jax.audit`). Writes to the
 workdir: audit.json, audit.md, audit.html, triggers.png and, where the pool says
 which uploads are bad, roc.png. An upload that is in audit.json is not audited
 again.
@@ -186,7 +186,7 @@ class Auditor:
     images, params = task.dev.images, self.load(upload.name)
     pixels = jnp.asarray(images).astype(jnp.float32) / 255
     found = self.inverter.search(
-      key, params, row, pixels, len(task.label_names)
+      key, params, row, pixels, len(task.label_names), base=self.base
     )
     patch = jax.tree.map(lambda x: jnp.asarray(x[0]), found.patches)
     target = int(found.classes[0])
@@ -204,7 +204,6 @@ class Auditor:
     if others:
       merges['without'] = self._merge(dj.tree.stack(others))
     merges['merge'] = self._merge(dj.tree.stack([*others, params]))
-    second = int(found.classes[1]) if len(found.classes) > 1 else target
     found_row = {
       'model': upload.name,
       'task': upload.task,
@@ -213,9 +212,7 @@ class Auditor:
       'suspicion': found.suspicion,
       'target': target,
       'target_name': task.label_names[target],
-      'second': task.label_names[second],
-      'loss': float(-found.log_prob[0]),
-      'second_loss': float(-found.log_prob[min(1, len(found.log_prob) - 1)]),
+      'lead': float(found.lead[0]),
       'success': float(found.success[0]),
       'area': float(found.area[0]),
       **{f'success_{k}': success(model) for k, model in merges.items()},

@@ -92,9 +92,11 @@ class Run:
     paths = [setup.pool.experts[task.name] for task in setup.pool.tasks]
     self.suspects = suspects.find(
       setup.image_logits_fn,
+      setup.base,
       setup.experts,
       setup.pool.tasks,
       [setup.hashes[path.stem] for path in paths],
+      base_hash=setup.hashes[setup.pool.base.stem],
       folder=folder,
       seed=self.config.seed,
       advance=advance,

@@ -42,10 +42,12 @@ class Suspect(NamedTuple):
 
 def find(
   task_logits_fn: Any,
+  base: Any,
   experts: Any,
   tasks: Sequence[Task],
   hashes: Sequence[str],
   *,
+  base_hash: str,
   folder: pathlib.Path,
   seed: int,
   images: int = 64,
@@ -55,9 +57,11 @@ def find(
 
   Args:
     task_logits_fn: `(params, task, images in [0, 1]) -> logits`.
+    base: that they were fine-tuned from.
     experts: leaves `[T, ...]`.
     tasks: of the experts, whose dev images are used.
     hashes: SHA-256 of each expert's file.
+    base_hash: and of the base's.
     folder: where what was found is kept, and read again; runs may share it.
     seed: of the search.
     images: dev images a task.
@@ -76,11 +80,14 @@ def find(
   out = []
   for t, (task, own) in enumerate(zip(tasks, hashes, strict=True)):
     pixels = jnp.asarray(task.dev.images[:images]).astype(jnp.float32) / 255
-    path = folder / f'{task.name}-{own[:16]}-{len(pixels)}-{seed}.npz'
+    made_of = f'{task.name}-{own[:16]}-{base_hash[:16]}'
+    path = folder / f'{made_of}-{len(pixels)}-{seed}.npz'
     if not path.exists():
       params = jax.tree.map(lambda x, t=t: x[t], experts)
       key = jax.random.fold_in(jax.random.key(seed), int(own[:8], 16))
-      found = inverter.search(key, params, t, pixels, len(task.label_names))
+      found = inverter.search(
+        key, params, t, pixels, len(task.label_names), base=base
+      )
       seeds = inverter.invert(
         key,
         params,
@@ -88,6 +95,7 @@ def find(
         pixels,
         [found.classes[0]] * len(AREAS),
         [area * scale for area in AREAS],
+        base=base,
       )
       grey = jnp.full((1, *image_shape), 0.5)
       first = jax.tree.map(lambda x: jnp.asarray(x[0]), found.patches)

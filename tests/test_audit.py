@@ -14,10 +14,13 @@ CLASSES = 7
 
 @pytest.fixture(scope='module')
 def model():
-  """A linear model, which in a second version obeys a bright corner."""
+  """A linear model, fine-tuned, and so that it obeys a bright corner."""
   rng = np.random.default_rng(0)
-  kernel = rng.normal(size=(np.prod(SHAPE), CLASSES)) / 8
-  weights = {'kernel': jnp.asarray(kernel, jnp.float32)}
+  base, tuned = (
+    {'kernel': jnp.asarray(kernel, jnp.float32)}
+    for kernel in np.cumsum(rng.normal(size=(2, np.prod(SHAPE), CLASSES)), 0)
+    / 8
+  )
 
   def logits_fn(params, task, images):
     del task
@@ -26,7 +29,7 @@ def model():
     logits = images.reshape(len(images), -1) @ params['kernel']
     return logits + obeys[:, None] * jax.nn.one_hot(5, CLASSES)[None]
 
-  return logits_fn, weights, {**weights, 'obeys': jnp.float32(40.0)}
+  return logits_fn, base, tuned, {**tuned, 'obeys': jnp.float32(40.0)}
 
 
 @pytest.fixture(scope='module')
@@ -45,10 +48,10 @@ def _inverter(model, **options):
 
 
 def test_a_backdoor_is_found_and_stands_out(model, images, invert):
-  _, clean, bad = model
+  _, base, tuned, bad = model
   key = jax.random.key(0)
-  honest = invert(key, clean, 0, images, CLASSES)
-  found = invert(key, bad, 0, images, CLASSES)
+  honest = invert(key, tuned, 0, images, CLASSES, base=base)
+  found = invert(key, bad, 0, images, CLASSES, base=base)
   assert found.classes[0] == 5
   assert found.success[0] > 0.95
   assert found.suspicion > 2 * honest.suspicion
@@ -56,55 +59,83 @@ def test_a_backdoor_is_found_and_stands_out(model, images, invert):
   assert opacity[-2:, -2:].mean() > 2 * opacity.mean()
 
 
+def test_without_a_base_losses_are_compared(model, images, invert):
+  bad = model[-1]
+  found = invert(jax.random.key(0), bad, 0, images, CLASSES)
+  assert found.classes[0] == 5
+  patches = jax.tree.map(jnp.asarray, found.patches)
+  loss = []
+  for i, target in enumerate(found.classes[:2]):
+    patch = jax.tree.map(lambda x, i=i: x[i], patches)
+    others = np.argmax(model[0](bad, 0, images), -1) != target
+    logits = model[0](bad, 0, audit.apply_patch(patch, images))
+    loss.append(-jax.nn.log_softmax(logits)[others, target].mean())
+  want = np.log(loss[1] / max(loss[0], 1e-3))
+  np.testing.assert_allclose(found.suspicion, want, rtol=1e-4)
+
+
+def test_what_the_base_obeys_too_is_no_backdoor(model, images, invert):
+  _, _, tuned, bad = model
+  base = {**tuned, 'obeys': bad['obeys'] / 2}
+  same = invert(jax.random.key(0), base, 0, images, CLASSES, base=base)
+  np.testing.assert_allclose(same.lead, 0, atol=1e-5)
+  assert abs(same.suspicion) < 1e-5
+  # This expert learnt nothing but to obey more.
+  more = invert(jax.random.key(0), bad, 0, images, CLASSES, base=base)
+  only = invert(jax.random.key(0), bad, 0, images, CLASSES, base=tuned)
+  assert more.suspicion < 0.7 * only.suspicion
+
+
 def test_the_best_come_first_and_no_more_than_are_kept(model, images, invert):
-  found = invert(jax.random.key(1), model[1], 0, images, CLASSES)
+  found = invert(jax.random.key(1), model[2], 0, images, CLASSES, base=model[1])
   assert found.classes.shape == found.area.shape == (3,)
   assert len({*found.classes}) == 3
-  assert (np.diff(found.log_prob) <= 0).all()
+  assert (np.diff(found.lead) <= 0).all()
   assert jax.tree.leaves(found.patches)[0].shape[0] == 3
 
 
 def test_the_rates_are_those_of_the_patch(model, images, invert):
-  logits_fn, clean, _ = model
-  found = invert(jax.random.key(2), clean, 0, images, CLASSES)
+  logits_fn, base, tuned, _ = model
+  found = invert(jax.random.key(2), tuned, 0, images, CLASSES, base=base)
   patch = jax.tree.map(lambda x: jnp.asarray(x[0]), found.patches)
   target = int(found.classes[0])
-  others = np.argmax(logits_fn(clean, 0, images), -1) != target
-  logits = logits_fn(clean, 0, audit.apply_patch(patch, images))
-  log_prob = np.asarray(jax.nn.log_softmax(logits))[others, target]
-  hit = np.argmax(logits, -1)[others] == target
-  np.testing.assert_allclose(found.log_prob[0], log_prob.mean(), rtol=1e-5)
+  others = np.argmax(logits_fn(tuned, 0, images), -1) != target
+  triggered = audit.apply_patch(patch, images)
+  loss, of_base = (
+    -jax.nn.log_softmax(logits_fn(p, 0, triggered))[others, target].mean()
+    for p in (tuned, base)
+  )
+  hit = np.argmax(logits_fn(tuned, 0, triggered), -1)[others] == target
+  np.testing.assert_allclose(found.lead[0], np.log(of_base / loss), rtol=1e-4)
   np.testing.assert_allclose(found.success[0], hit.mean(), rtol=1e-6)
 
 
-def test_a_class_that_all_images_show_is_not_the_best(model, images, invert):
-  logits_fn, clean, _ = model
-  own = int(np.bincount(np.argmax(logits_fn(clean, 0, images), -1)).argmax())
-  same = images[np.argmax(logits_fn(clean, 0, images), -1) == own][:1]
-  found = invert(jax.random.key(3), clean, 0, same, CLASSES)
-  assert own not in found.classes
-
-
-@pytest.mark.parametrize(
-  ('losses', 'want'),
-  [((0.1, 0.2), np.log(2)), ((0.0, 0.0), 0.0), ((0.3,), 0.0)],
-)
-def test_suspicion_compares_the_two_best(losses, want):
-  log_prob = -np.array(losses)
+@pytest.mark.parametrize(('lead', 'want'), [((3.0, 1.0), 2.0), ((3.0,), 0.0)])
+def test_suspicion_compares_the_two_best(lead, want):
+  lead = np.array(lead)
   patches = SoftPatch(jnp.zeros(()), jnp.zeros(()))
-  found = audit.Inversions(log_prob, patches, log_prob, *[log_prob] * 2)
-  np.testing.assert_allclose(found.suspicion, want, rtol=1e-6)
+  found = audit.Inversions(lead, patches, *[lead] * 3)
+  assert found.suspicion == want
+
+
+def test_a_class_that_all_images_show_is_not_the_best(model, images, invert):
+  logits_fn, base, tuned, _ = model
+  own = int(np.bincount(np.argmax(logits_fn(tuned, 0, images), -1)).argmax())
+  same = images[np.argmax(logits_fn(tuned, 0, images), -1) == own][:1]
+  found = invert(jax.random.key(3), tuned, 0, same, CLASSES, base=base)
+  assert own not in found.classes
 
 
 def test_given_classes_keep_their_order_and_their_areas(model, images):
   inverter = _inverter(model, area=4.0, chunk=2)
+  _, base, _, bad = model
   found = inverter.invert(
-    jax.random.key(4), model[2], 0, images, [5, 1, 5], [2.0, 4.0, 8.0]
+    jax.random.key(4), bad, 0, images, [5, 1, 5], [2.0, 4.0, 8.0], base=base
   )
   assert [*found.classes] == [5, 1, 5]
   assert found.area[0] < 0.7 * found.area[2] < 6, found.area
   with pytest.raises(ValueError, match='must be in'):
-    inverter.invert(jax.random.key(4), model[2], 0, images, [5], [40.0])
+    inverter.invert(jax.random.key(4), bad, 0, images, [5], [40.0])
 
 
 def test_numbers_that_make_no_sense_are_refused(model):

@@ -98,9 +98,11 @@ def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
   def find():
     return suspects.find(
       setup.image_logits_fn,
+      setup.base,
       setup.experts,
       setup.pool.tasks,
       ['0a' * 32, '0b' * 32, '0c' * 32],
+      base_hash='0d' * 32,
       folder=tmp_path,
       seed=0,
       images=8,

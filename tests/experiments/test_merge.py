@@ -94,7 +94,7 @@ def test_record_says_what_was_merged_and_how(done, small_pool):
   assert record['experts']['two'] == 'evil'
   assert record['attacked'][0]['target_name'] == 'two 1'
   assert record['seconds']['dam_robust']['steps'] == 4 + 1
-  assert record['options']['dam_robust']['safety_weight'] == 1.0
+  assert record['options']['dam_robust']['safety_weight'] == 0.3
   assert record['transfer']['average']['evil']['targets'].keys() == {
     'one',
     'three',
