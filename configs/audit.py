@@ -3,12 +3,19 @@
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
 The goal is an area under the ROC curve of 0.95 over clean and backdoored
-uploads. It was 1.00 over 8 clean and 4 BadMerging experts of a tower of 3.7
-million parameters, 23 to 80 s each on two cores; over 5 clean and 78 bad ones
-of configs/nano_pool.py 0.77: at least 0.9 for Blended, LoRA, LoBAM, BadMerging
-and sparse vectors, 0.8 for BadNets, BadViT and the adaptive attacker, 0.57 to
-0.67 for TrojViT, MergeBackdoor, SIG and WaNet, and no better than chance for
-BadMerging on another's task, whose target is none of the expert's classes.
+uploads. Over 5 clean and 30 bad uploads of configs/nano_pool.py it was 0.94,
+and 0.87 for a search that does not ask the base:
+
+               | BadMerging | BadNets | Blended | LoBAM | WaNet
+  this search  | 1.00       | 0.97    | 1.00    | 0.93  | 0.80
+  without base | 0.93       | 0.87    | 1.00    | 0.93  | 0.60
+
+It named the attacker's class of 22 of the 24 uploads that have a patch. Only
+the search without the base was tried on other attacks, where it got at least
+0.9 for LoRA and sparse vectors, 0.8 for BadViT and the adaptive attacker, 0.57
+to 0.67 for TrojViT, MergeBackdoor and SIG, and no better than chance for
+BadMerging on another's task, whose target is none of the expert's classes; and
+on 8 clean and 4 BadMerging experts of a tower of 3.7 million parameters, 1.00.
 
 What `dam_robust` then takes from an expert is no evidence: of six task vectors
 with two or four bad among them, its masks kept 0.99 to 1.02 of the L1 norm and

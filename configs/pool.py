@@ -15,9 +15,13 @@ command was not run on the whole split yet:
   2   | 70.3, 89.5 / 90.5                  | 66.2, 71.6 / 56.5
   4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
 
-With 300 test images a task, on 2 cores:
+With 300 test images a task:
 
-  150 steps, dam_robust             | 0 bad: 73.6; 1 bad: 73.6, 2.4
+  150 steps, dam_robust             | 0 bad: 75.1; 1 bad: 74.7, 6.1
+                                    | 2 bad: 73.9, 4.4 / 4.8
+                                    | 4 bad: 74.3, 4.4 / 2.4 / 18.3 / 3.0
+  with safety_weight=1, and audits that do not ask the base
+    dam_robust                      | 0 bad: 73.6; 1 bad: 73.6, 2.4
                                     | 2 bad: 73.3, 1.7 / 1.4
                                     | 4 bad: 74.1, 3.0 / 0.7 / 12.6 / 2.6
   the same with other audits, 2 bad
@@ -32,7 +36,8 @@ With 300 test images a task, on 2 cores:
 
 The same with experts of BadNets, made by `python -m experiments.attack` for
 svhn, eurosat, gtsrb and cifar100, added in this order, with the targets 6, 3,
-14 and 1; 400 test images, 300 steps, on an H200:
+14 and 1; 400 test images, 300 steps, safety_weight=1, on an H200 (with 0.3, 150
+steps and 300 images: svhn alone 74.6, 1.4; with gtsrb 73.8, 0.3 / 1.1):
 
   bad | task_arithmetic                 | ties
   1   | 71.1, 22.0                      | 70.3, 18.7
