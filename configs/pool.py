@@ -20,6 +20,8 @@ With 300 test images a task:
   150 steps, dam_robust             | 0 bad: 75.1; 1 bad: 74.7, 6.1
                                     | 2 bad: 73.9, 4.4 / 4.8
                                     | 4 bad: 74.3, 4.4 / 2.4 / 18.3 / 3.0
+    with safety_weight=0.5          | 2 bad: 74.4, 2.4 / 2.7
+  300 steps, dam_robust             | 2 bad: 74.6, 1.7 / 0.0
   with safety_weight=1, and audits that do not ask the base
     dam_robust                      | 0 bad: 73.6; 1 bad: 73.6, 2.4
                                     | 2 bad: 73.3, 1.7 / 1.4
