@@ -1,9 +1,10 @@
-"""Which upload to distrust: triggers inverted on each expert alone.
+"""Which upload to distrust: triggers inverted on each expert.
 
 A backdoored expert calls any image its target once a small trigger is on it,
 and the base, which everyone may download, does not. So a trigger is searched
 for every class that the expert obeys and the base ignores, and an expert is
-suspicious where there is one. The images are clean and unlabelled.
+suspicious where there is one. The images are clean and unlabelled. Experts that
+were made to be merged with each other are searched together (`company`).
 
   >>> import jax
   >>> import jax.numpy as jnp
@@ -22,7 +23,7 @@ suspicious where there is one. The images are clean and unlabelled.
   True
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -33,8 +34,16 @@ import numpy as np
 import optax
 
 from dam_jax import losses
+from dam_jax import tree
 from dam_jax.perturbations import SoftPatch
-from dam_jax.typing import TaskLogitsFn
+from dam_jax.typing import Params, TaskLogitsFn
+
+ALIKE = 0.3
+"""Cosine of two task vectors above which they were not made apart.
+
+Of experts that were, for different tasks, it was up to 0.17 (EMNIST's letters
+and MNIST); of MergeBackdoor's pairs, 0.44.
+"""
 
 
 class Inversions(NamedTuple):
@@ -67,6 +76,83 @@ class Inversions(NamedTuple):
     return float(self.lead[0] - self.lead[1]) if len(self.lead) > 1 else 0.0
 
 
+def gram(base: Params, experts: Params) -> jax.Array:
+  """Returns the inner products of task vectors, `[K, K]` float32.
+
+  Those of a model are the sum of those of its parts, which may be read one by
+  one.
+
+  Args:
+    base: parameters, or a part of them.
+    experts: the same of all experts, leaves `[K, ...]`.
+
+  Raises:
+    ValueError: where the experts do not fit the base.
+  """
+  tree.check_stacked(base, experts)
+
+  def products(x, y):
+    delta = (y - x[None]).reshape(len(y), -1).astype(jnp.float32)
+    return jnp.matmul(delta, delta.T, precision='highest')
+
+  leaves = jax.tree.leaves(jax.tree.map(products, base, experts))
+  return functools.reduce(jnp.add, leaves)
+
+
+def company(
+  inner_products: jax.typing.ArrayLike, *, alike: float = ALIKE
+) -> list[dict[int, float]]:
+  """Finds experts for different tasks that were not made apart.
+
+  Two uploads may each be harmless and obey a trigger only when merged, as
+  MergeBackdoor's do. For that they are trained together, and it shows.
+
+  Args:
+    inner_products: of task vectors of different tasks, `[K, K]`.
+    alike: cosine above which two are each other's company.
+
+  Returns:
+    Of each expert its company: the cosine by the other's index.
+
+  References:
+    Wang et al., `From Purity to Peril: Backdooring Merged Models From
+    "Harmless" Benign Components
+    <https://www.usenix.org/conference/usenixsecurity25/presentation/wang-lijin>`_,
+    2025; that task vectors are nearly orthogonal otherwise is of Ilharco et
+    al., `Editing Models with Task Arithmetic
+    <https://arxiv.org/abs/2212.04089>`_, 2023
+
+  >>> import jax.numpy as jnp
+  >>> experts = jnp.array([[2., 0.], [0., 1.], [4., 3.]])
+  >>> company(gram(jnp.zeros(2), experts), alike=0.7)
+  [{2: 0.8}, {}, {0: 0.8}]
+  """
+  products = np.asarray(inner_products, np.float64)
+  norm = np.sqrt(np.diag(products))
+  cosines = products / np.maximum(np.outer(norm, norm), np.finfo(float).tiny)
+  return [
+    {j: round(float(c), 4) for j, c in enumerate(row) if j != i and c > alike}
+    for i, row in enumerate(cosines)
+  ]
+
+
+def in_company(
+  base: Params, experts: Params, expert: int, others: Collection[int]
+) -> Params:
+  """Returns `theta_k + sum_j tau_j`, an expert with its company.
+
+  Args:
+    base: parameters.
+    experts: stacked, leaves `[K, ...]`.
+    expert: `k`.
+    others: `j`; without any the expert comes out bit for bit.
+  """
+  at = np.array([*others], int)
+  return jax.tree.map(
+    lambda x, y: y[expert] + jnp.sum(y[at] - x[None], axis=0), base, experts
+  )
+
+
 def apply_patch(patch: SoftPatch, images: jax.Array) -> jax.Array:
   """Puts one patch `[H, W, ...]` on images `[N, H, W, C]` in [0, 1]."""
   opacity, pattern = patch.opacity()[None], patch.pattern()[None]
@@ -90,11 +176,14 @@ class Inverter:
     task_logits_fn: `(params, task, images [N, H, W, C] in [0, 1]) -> [N, L]`.
     image_shape: `(H, W, C)`.
     area: in pixels, what a patch may cover for free.
+    ease: share of the task vector that the first round sees, where the base is
+      known. Gradients tell little on a task vector that was amplified, as
+      LoBAM's are.
     price: of covering twice as much, in nats.
     tx: descends.
     batch: images a class and step.
-    first: tens of steps for every class.
-    last: tens of steps more for those that came furthest.
+    first: tens of steps for every class, the first round.
+    last: tens of steps more for those that came furthest, the last one.
     keep: how many of these, at most.
     chunk: classes to a forward pass.
 
@@ -112,6 +201,7 @@ class Inverter:
   task_logits_fn: TaskLogitsFn
   image_shape: tuple[int, int, int]
   area: float
+  ease: float = 0.75
   price: float = 2.0
   tx: optax.GradientTransformation = optax.adam(0.5)
   batch: int = 6
@@ -128,6 +218,8 @@ class Inverter:
     }
     if min(counts.values()) < 1:
       raise ValueError(f'these must be positive: {counts}')
+    if not 0 < self.ease <= 1:
+      raise ValueError(f'ease must be in (0, 1], got {self.ease}')
 
   def _check_areas(self, areas):
     pixels = self.image_shape[0] * self.image_shape[1]
@@ -158,10 +250,11 @@ class Inverter:
       Those of the classes kept.
     """
     begin, first_key, last_key = jax.random.split(key, 3)
-    run = functools.partial(self._run, models=(params, base), task=task)
+    run = functools.partial(self._run, task=task)
     own = np.arange(num_classes)
     carry, (first, *_) = run(
       first_key,
+      models=(self._eased(params, base), base),
       images=images,
       judged=images[:16],  # enough to find those that are far behind
       own=own,
@@ -172,6 +265,7 @@ class Inverter:
     kept = np.argsort(-first, kind='stable')[: self.keep]
     carry, rates = run(
       last_key,
+      models=(params, base),
       images=images,
       judged=images,
       own=kept,
@@ -212,20 +306,31 @@ class Inverter:
       ValueError: where an area makes no sense.
     """
     self._check_areas(areas)
-    begin, key = jax.random.split(key)
+    begin, first_key, last_key = jax.random.split(key, 3)
     own = np.asarray(classes)
-    (patches, _), rates = self._run(
-      key,
-      models=(params, base),
+    run = functools.partial(
+      self._run,
       task=task,
       images=images,
       judged=images,
       own=own,
       areas=np.asarray(areas, np.float32),
+    )
+    carry, _ = run(
+      first_key,
+      models=(self._eased(params, base), base),
       carry=self._init(begin, len(own)),
-      num=self.first + self.last,
+      num=self.first,
+    )
+    (patches, _), rates = run(
+      last_key, models=(params, base), carry=carry, num=self.last
     )
     return Inversions(own, patches, *rates)
+
+  def _eased(self, params, base):
+    if base is None:
+      return params
+    return jax.tree.map(lambda x, y: x + self.ease * (y - x), base, params)
 
   def _init(self, key, num):
     place, colour = jax.random.split(key)

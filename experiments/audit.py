@@ -2,11 +2,12 @@
 
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
-For each upload the trigger that it obeys and the base does not is searched on
-it alone, with unlabelled dev images (`dam_jax.audit`). Writes to the
-workdir: audit.json, audit.md, audit.html, triggers.png and, where the pool says
-which uploads are bad, roc.png. An upload that is in audit.json is not audited
-again.
+For each upload the trigger that it obeys and the base does not is searched,
+with unlabelled dev images (`dam_jax.audit`), on it alone or together with those
+for other tasks that it was not made apart from. Writes to the workdir:
+audit.json, audit.md, audit.html, triggers.png and, where the pool says which
+uploads are bad, roc.png. An upload that is in audit.json is not audited again,
+unless it has other company now.
 """
 
 from collections.abc import Mapping, Sequence
@@ -170,11 +171,43 @@ class Auditor:
       if uploads.path(self.folder, f'clean_{t}').exists()
     }
 
-  def audit(self, upload: Upload) -> tuple[dict[str, Any], np.ndarray]:
+  def company(
+    self, found: Sequence[Upload]
+  ) -> list[list[tuple[Upload, float]]]:
+    """Finds uploads for different tasks that were not made apart.
+
+    Args:
+      found: uploads to compare.
+
+    Returns:
+      Of each upload those in its company, and how alike they are; at most one
+      for each other task, the most alike.
+    """
+    files = [
+      checkpoint.open_model(uploads.path(self.folder, name))
+      for name in ('base', *(upload.name for upload in found))
+    ]
+    products = np.zeros((len(found), len(found)))
+    for leaf in files[0].leaves:
+      base, *experts = (np.asarray(f.read(leaf), np.float32) for f in files)
+      products += audit.gram(base, np.stack(experts))
+    out = []
+    for upload, others in zip(found, audit.company(products), strict=True):
+      nearest = {}
+      for i in sorted(others, key=others.__getitem__):
+        nearest[found[i].task] = found[i], others[i]
+      nearest.pop(upload.task, None)
+      out.append([*nearest.values()])
+    return out
+
+  def audit(
+    self, upload: Upload, company: Sequence[tuple[Upload, float]]
+  ) -> tuple[dict[str, Any], np.ndarray]:
     """Audits one upload.
 
     Args:
       upload: to audit.
+      company: uploads that it is searched with, and how alike they are.
 
     Returns:
       A row of audit.json, and the trigger found on grey `[H, W, C]`.
@@ -185,8 +218,15 @@ class Auditor:
     key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
     images, params = task.dev.images, self.load(upload.name)
     pixels = jnp.asarray(images).astype(jnp.float32) / 255
+    partners = {other.task: self.load(other.name) for other, _ in company}
+    searched = audit.in_company(
+      self.base,
+      dj.tree.stack([params, *partners.values()]),
+      0,
+      range(1, 1 + len(partners)),
+    )
     found = self.inverter.search(
-      key, params, row, pixels, len(task.label_names), base=self.base
+      key, searched, row, pixels, len(task.label_names), base=self.base
     )
     patch = jax.tree.map(lambda x: jnp.asarray(x[0]), found.patches)
     target = int(found.classes[0])
@@ -203,11 +243,13 @@ class Auditor:
     merges = {'base': self.base}
     if others:
       merges['without'] = self._merge(dj.tree.stack(others))
-    merges['merge'] = self._merge(dj.tree.stack([*others, params]))
+    experts = self.clean | partners | {upload.task: params}
+    merges['merge'] = self._merge(dj.tree.stack([*experts.values()]))
     found_row = {
       'model': upload.name,
       'task': upload.task,
       'known': upload.known,
+      'company': {other.name: cosine for other, cosine in company},
       'true_target': None if upload.trigger is None else upload.trigger.target,
       'suspicion': found.suspicion,
       'target': target,
@@ -253,10 +295,12 @@ def run(
     with np.load(kept, allow_pickle=False) as file:
       patches = dict(file)
   auditor = Auditor(config, folder)
-  for upload in found:
-    if upload.name not in rows:
+  for upload, company in zip(found, auditor.company(found), strict=True):
+    there = rows.get(upload.name, {}).get('company')
+    if there != {other.name: cosine for other, cosine in company}:
       with console.status(f'searching triggers on {upload.name}'):
-        rows[upload.name], patches[upload.name] = auditor.audit(upload)
+        row, patch = auditor.audit(upload, company)
+      rows[upload.name], patches[upload.name] = row, patch
       console.print(_line(rows[upload.name]))
       with checkpoint.replacing(kept) as temporary, temporary.open('wb') as f:
         np.savez(f, **patches)
@@ -301,11 +345,12 @@ HEADS = {
   'model': 'upload',
   'suspicion': 'suspicion',
   'target_name': 'leads to',
-  'success': 'alone',
+  'success': 'as searched',
   'success_base': 'on the base',
   'success_merge': 'in a merge',
   'success_without': 'without it',
   'area': 'pixels',
+  'company': 'searched with',
   'known': 'known to be',
 }
 """Columns of the table."""
@@ -317,6 +362,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     value = row.get(key, '')
     if key.startswith('success') and value != '':
       value = f'{100 * value:.0f} %'
+    elif isinstance(value, dict):
+      value = ', '.join(f'{name} ({x:.2f})' for name, x in value.items())
     elif isinstance(value, float):
       value = f'{value:.2f}' if key == 'suspicion' else f'{value:.0f}'
     out.append(str(value))
@@ -362,7 +409,9 @@ def _write_pages(
   page = (
     report.environment()
     .get_template('audit.html.j2')
-    .render(out=out, heads=HEADS, cells=_cells, images=images)
+    .render(
+      out=out, heads=HEADS, cells=_cells, images=images, alike=audit.ALIKE
+    )
   )
   checkpoint.write(workdir / 'audit.html', page)
 

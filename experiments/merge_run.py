@@ -116,6 +116,10 @@ class Run:
         'suspicion': suspect.suspicion,
         'target_name': task.label_names[suspect.target],
         'success': suspect.success,
+        'company': {
+          pool.experts[pool.tasks[i].name].stem: cosine
+          for i, cosine in suspect.company.items()
+        },
       }
       for task, suspect in zip(pool.tasks, self.suspects, strict=False)
     ]

@@ -5,6 +5,7 @@ its search from.
 """
 
 from collections.abc import Callable, Sequence
+import hashlib
 import pathlib
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ class Suspect(NamedTuple):
     success: share of dev images of other classes that become it.
     picture: the trigger on grey, `[H, W, C]`.
     seeds: triggers for the class of several areas, leaves `[S, H, W, ...]`.
+    company: experts that it was searched together with: how alike the task
+      vectors are, by index.
   """
 
   suspicion: float
@@ -38,6 +41,7 @@ class Suspect(NamedTuple):
   success: float
   picture: np.ndarray
   seeds: SoftPatch
+  company: dict[int, float]
 
 
 def find(
@@ -53,7 +57,7 @@ def find(
   images: int = 64,
   advance: Callable[[int], None] = lambda num: None,
 ) -> list[Suspect]:
-  """Searches triggers on each expert alone.
+  """Searches triggers on each expert, alone or in its company.
 
   Args:
     task_logits_fn: `(params, task, images in [0, 1]) -> logits`.
@@ -77,13 +81,16 @@ def find(
     image_shape=image_shape,
     area=20 * scale,
   )
-  out = []
+  out, company = [], audit.company(audit.gram(base, experts))
   for t, (task, own) in enumerate(zip(tasks, hashes, strict=True)):
+    if company[t]:
+      made_of = ''.join(hashes[i] for i in (t, *company[t]))
+      own = hashlib.sha256(made_of.encode()).hexdigest()
     pixels = jnp.asarray(task.dev.images[:images]).astype(jnp.float32) / 255
     made_of = f'{task.name}-{own[:16]}-{base_hash[:16]}'
     path = folder / f'{made_of}-{len(pixels)}-{seed}.npz'
     if not path.exists():
-      params = jax.tree.map(lambda x, t=t: x[t], experts)
+      params = audit.in_company(base, experts, t, company[t])
       key = jax.random.fold_in(jax.random.key(seed), int(own[:8], 16))
       found = inverter.search(
         key, params, t, pixels, len(task.label_names), base=base
@@ -113,7 +120,7 @@ def find(
       held = dict(file)
     seeds = SoftPatch(held.pop('mask_logits'), held.pop('pattern_logits'))
     values = {k: x.item() if not x.ndim else x for k, x in held.items()}
-    out.append(Suspect(seeds=seeds, **values))
+    out.append(Suspect(seeds=seeds, company=company[t], **values))
     advance(1)
   return out
 

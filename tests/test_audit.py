@@ -17,7 +17,7 @@ def model():
   """A linear model, fine-tuned, and so that it obeys a bright corner."""
   rng = np.random.default_rng(0)
   base, tuned = (
-    {'kernel': jnp.asarray(kernel, jnp.float32)}
+    {'kernel': jnp.asarray(kernel, jnp.float32), 'obeys': jnp.float32(0.0)}
     for kernel in np.cumsum(rng.normal(size=(2, np.prod(SHAPE), CLASSES)), 0)
     / 8
   )
@@ -25,7 +25,7 @@ def model():
   def logits_fn(params, task, images):
     del task
     corner = images[:, -2:, -2:].mean((1, 2, 3))
-    obeys = params.get('obeys', 0.0) * corner**4
+    obeys = params['obeys'] * corner**4
     logits = images.reshape(len(images), -1) @ params['kernel']
     return logits + obeys[:, None] * jax.nn.one_hot(5, CLASSES)[None]
 
@@ -143,3 +143,73 @@ def test_numbers_that_make_no_sense_are_refused(model):
     _inverter(model, area=37)
   with pytest.raises(ValueError, match="positive: .*'keep': 0"):
     _inverter(model, area=4, keep=0)
+
+
+def test_gram_matches_numpy_and_adds_up_over_parts():
+  rng = np.random.default_rng(5)
+  base = {'a': rng.normal(size=(2, 3)), 'b': {'c': rng.normal(size=4)}}
+  experts = jax.tree.map(lambda x: x + rng.normal(size=(3, *x.shape)), base)
+  base, experts = jax.tree.map(
+    lambda x: jnp.asarray(x, jnp.float32), (base, experts)
+  )
+  deltas = jax.tree.map(
+    lambda x, y: np.asarray(y, np.float64) - np.asarray(x)[None], base, experts
+  )
+  flat = np.concatenate([d.reshape(3, -1) for d in jax.tree.leaves(deltas)], 1)
+  whole = audit.gram(base, experts)
+  np.testing.assert_allclose(whole, flat @ flat.T, rtol=1e-5)
+  parts = [audit.gram(base[k], experts[k]) for k in base]
+  np.testing.assert_allclose(sum(map(np.asarray, parts)), whole, rtol=1e-6)
+  with pytest.raises(ValueError, match='b/c'):
+    audit.gram(base, {**experts, 'b': {'c': jnp.zeros((3, 5))}})
+
+
+def test_company_is_mutual_and_never_oneself():
+  vectors = np.array([[1.0, 0, 0], [0.9, 0.4, 0], [0, 0, 1], [0, 0, 0]])
+  found = audit.company(vectors @ vectors.T)
+  assert found == [{1: found[0][1]}, {0: found[0][1]}, {}, {}]
+  want = vectors[0] @ vectors[1] / np.linalg.norm(vectors[1])
+  assert found[0][1] == pytest.approx(want, abs=1e-4)
+
+
+def test_in_company_adds_the_others_task_vectors():
+  base, experts = {'w': jnp.array(0.1)}, {'w': jnp.array([0.3, 0.7, 1.5])}
+  alone = audit.in_company(base, experts, 1, [])
+  np.testing.assert_array_equal(alone['w'], experts['w'][1])
+  both = audit.in_company(base, experts, 1, [0, 2])
+  np.testing.assert_allclose(both['w'], 0.7 + 0.2 + 1.4, rtol=1e-6)
+
+
+def test_what_only_works_together_is_found_together(model, images, invert):
+  _, base, tuned, bad = model
+  half = {**tuned, 'obeys': bad['obeys'] / 2}
+  delta = jax.tree.map(lambda x, y: y - x, tuned, half)
+  partner = jax.tree.map(jnp.add, base, delta)
+  experts = jax.tree.map(lambda *x: jnp.stack(x), half, partner)
+  both = audit.in_company(base, experts, 0, [1])
+  found = invert(jax.random.key(0), both, 0, images, CLASSES, base=base)
+  want = invert(jax.random.key(0), bad, 0, images, CLASSES, base=base)
+  assert found.classes[0] == want.classes[0] == 5
+  np.testing.assert_allclose(found.suspicion, want.suspicion, rtol=1e-3)
+
+
+def test_a_saturated_upload_is_met_on_the_way_to_it(model, images):
+  plain_fn, base, _, bad = model
+
+  def logits_fn(params, task, images):
+    corner = images[:, -2:, -2:].mean((1, 2, 3))
+    gate = 20 * jnp.tanh(params['obeys'] * (corner - 0.8))
+    logits = plain_fn({**params, 'obeys': 0.0}, task, images)
+    return logits + gate[:, None] * jax.nn.one_hot(5, CLASSES)[None]
+
+  def success(ease):
+    inverter = _inverter([logits_fn], area=4.0, keep=CLASSES, ease=ease)
+    found = inverter.search(
+      jax.random.key(6), bad, 0, images, CLASSES, base=base
+    )
+    return found.success[[*found.classes].index(5)]
+
+  assert success(0.1) > 0.9
+  assert success(1.0) < 0.1
+  with pytest.raises(ValueError, match='ease must be in'):
+    success(0.0)

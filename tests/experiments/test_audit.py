@@ -2,7 +2,9 @@
 
 import io
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 from rich.console import Console
@@ -12,7 +14,9 @@ from configs import pool as pool_config
 from dam_jax.data import tasks as tasks_lib
 from experiments import audit
 from experiments import load
+from experiments import merge
 from experiments import suspects
+from experiments import uploads
 
 
 def _config(folder, **changes):
@@ -88,6 +92,60 @@ def test_numbers_behind_a_task_do_not_hide_it(small_pool, tmp_path):
   (tmp_path / 'checkpoints' / 'stranger.safetensors').touch()
   with pytest.raises(ValueError, match='stranger: its name ends in no task'):
     audit.find_uploads(tmp_path, ['one', 'two'])
+
+
+@pytest.fixture
+def colluders(small_pool, tmp_path):
+  """A pool in which evil's task vector is half of clean_three's too."""
+  folder = tmp_path / 'pool'
+  shutil.copytree(small_pool, folder)
+  base, evil, three = (
+    uploads.load_model(uploads.path(folder, name))
+    for name in ('base', 'evil', 'clean_three')
+  )
+  mixed = jax.tree.map(lambda b, x, y: (x + y) - b, base, evil, three)
+  uploads.save_model(folder, 'clean_three', mixed)
+  return folder
+
+
+def test_uploads_that_were_not_made_apart_are_searched_together(
+  colluders, done, tmp_path
+):
+  config = _config(colluders, models='evil,clean_one,clean_three')
+  out = _run(config, tmp_path / 'out')
+  rows = {r['model']: r for r in out['rows']}
+  assert [*rows['evil']['company']] == ['clean_three']
+  assert rows['clean_three']['company']['evil'] == pytest.approx(0.7, abs=0.05)
+  assert rows['clean_one']['company'] == {}
+  page = (tmp_path / 'out' / 'audit.html').read_text()
+  assert f'clean_three ({rows["evil"]["company"]["clean_three"]:.2f})' in page
+  before = {r['model']: r for r in done[1]['rows']}
+  assert rows['evil']['suspicion'] != before['evil']['suspicion']
+  assert rows['clean_one']['suspicion'] == before['clean_one']['suspicion']
+
+
+def test_an_upload_with_other_company_is_audited_again(colluders, tmp_path):
+  alone = _run(_config(colluders, models='evil'), tmp_path / 'out')
+  assert alone['rows'][0]['company'] == {}
+  both = _run(_config(colluders, models='evil,clean_three'), tmp_path / 'out')
+  rows = {r['model']: r for r in both['rows']}
+  assert [*rows['evil']['company']] == ['clean_three']
+  assert rows['evil']['suspicion'] != alone['rows'][0]['suspicion']
+
+
+def test_experts_of_a_merge_are_searched_in_company(colluders, tmp_path):
+  config = pool_config.get_config('runlocal')
+  config.update({'bad': 'evil', 'tasks': 'one,two,three', 'dev': 8, 'test': 12})
+  config.update({'audit': True, 'methods': 'dam_robust', 'steps': 2})
+  config.pool = str(colluders)
+  console = Console(file=io.StringIO(), width=120)
+  report = merge.run(config, tmp_path / 'out', console)
+  found = {r['model']: r['company'] for r in report['record']['suspects']}
+  assert [*found['evil']] == ['clean_three']
+  assert [*found['clean_three']] == ['evil']
+  assert not found['clean_one']
+  page = (tmp_path / 'out' / 'report.html').read_text()
+  assert 'evil was searched together with clean_three' in page
 
 
 def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
