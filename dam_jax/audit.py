@@ -153,6 +153,17 @@ def in_company(
   )
 
 
+def weakened(base: Params, params: Params, share: float) -> Params:
+  """Returns `theta_0 + share (theta - theta_0)`.
+
+  Args:
+    base: parameters.
+    params: of an expert.
+    share: of its task vector.
+  """
+  return jax.tree.map(lambda x, y: x + share * (y - x), base, params)
+
+
 def apply_patch(patch: SoftPatch, images: jax.Array) -> jax.Array:
   """Puts one patch `[H, W, ...]` on images `[N, H, W, C]` in [0, 1]."""
   opacity, pattern = patch.opacity()[None], patch.pattern()[None]
@@ -252,9 +263,10 @@ class Inverter:
     begin, first_key, last_key = jax.random.split(key, 3)
     run = functools.partial(self._run, task=task)
     own = np.arange(num_classes)
+    eased = params if base is None else weakened(base, params, self.ease)
     carry, (first, *_) = run(
       first_key,
-      models=(self._eased(params, base), base),
+      models=(eased, base),
       images=images,
       judged=images[:16],  # enough to find those that are far behind
       own=own,
@@ -306,31 +318,20 @@ class Inverter:
       ValueError: where an area makes no sense.
     """
     self._check_areas(areas)
-    begin, first_key, last_key = jax.random.split(key, 3)
+    begin, key = jax.random.split(key)
     own = np.asarray(classes)
-    run = functools.partial(
-      self._run,
+    (patches, _), rates = self._run(
+      key,
+      models=(params, base),
       task=task,
       images=images,
       judged=images,
       own=own,
       areas=np.asarray(areas, np.float32),
-    )
-    carry, _ = run(
-      first_key,
-      models=(self._eased(params, base), base),
       carry=self._init(begin, len(own)),
-      num=self.first,
-    )
-    (patches, _), rates = run(
-      last_key, models=(params, base), carry=carry, num=self.last
+      num=self.first + self.last,
     )
     return Inversions(own, patches, *rates)
-
-  def _eased(self, params, base):
-    if base is None:
-      return params
-    return jax.tree.map(lambda x, y: x + self.ease * (y - x), base, params)
 
   def _init(self, key, num):
     place, colour = jax.random.split(key)

@@ -22,6 +22,10 @@ from dam_jax.perturbations import SoftPatch
 AREAS = (10.0, 18.0, 28.0, 40.0)
 """Of seeds, in pixels of 32 x 32: what a trigger covers is not known."""
 
+SHARE = 0.5
+"""Of an expert's task vector, when seeds are searched: about what it keeps in a
+merge, where triggers that were found on all of it often work no more."""
+
 
 class Suspect(NamedTuple):
   """What was found on one expert.
@@ -97,7 +101,7 @@ def find(
       )
       seeds = inverter.invert(
         key,
-        params,
+        audit.weakened(base, params, SHARE),
         t,
         pixels,
         [found.classes[0]] * len(AREAS),
