@@ -6,6 +6,7 @@ Ito, which colour-blind readers can tell apart.
 
 from collections.abc import Mapping, Sequence
 import io
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -410,7 +411,7 @@ def inversions(
   columns = min(6, len(rows))
   lines = -(-len(rows) // columns)
   with matplotlib.rc_context({**STYLE, 'axes.grid': False}):
-    figure = Figure(figsize=(1.75 * columns, 2.15 * lines))
+    figure = Figure(figsize=(1.75 * columns, 2.3 * lines))
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes in grid:
       axes.set_axis_off()
@@ -423,12 +424,18 @@ def inversions(
       picture = patches[row['model']]
       axes.imshow(picture, vmin=0, vmax=1, interpolation='nearest')
       colour = '#D55E00' if row['known'] == 'bad' else INK
-      axes.set_title(row['model'], fontsize=7, loc='center', color=colour)
-      axes.set_xlabel(
-        f'{row["suspicion"]:.2f}: {row["target_name"]}'[:26], fontsize=7
+      axes.set_title(
+        _wrapped(row['model']), fontsize=7, loc='center', color=colour
       )
-    figure.subplots_adjust(wspace=0.12, hspace=0.35)
+      label = f'{row["suspicion"]:.2f}: {row["target_name"]}'
+      axes.set_xlabel(_wrapped(label), fontsize=7)
+    figure.subplots_adjust(wspace=0.12, hspace=0.5)
     return png(figure)
+
+
+def _wrapped(text: str) -> str:
+  """Breaks a name into lines that fit a small picture, after underscores."""
+  return textwrap.fill(text.replace('_', '_ '), 26).replace('_ ', '_')
 
 
 def roc(rows: Sequence[Mapping[str, Any]]) -> bytes:
