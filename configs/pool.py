@@ -15,31 +15,27 @@ command was not run on the whole split yet:
   2   | 70.3, 89.5 / 90.5                  | 66.2, 71.6 / 56.5
   4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
 
-With 300 test images a task:
+With 300 test images a task, and 300 steps unless it is said:
 
-  150 steps, dam_robust             | 0 bad: 75.1; 1 bad: 74.7, 6.1
-                                    | 2 bad: 73.9, 4.4 / 4.8
-                                    | 4 bad: 74.3, 4.4 / 2.4 / 18.3 / 3.0
-    with safety_weight=0.5          | 2 bad: 74.4, 2.4 / 2.7
-  300 steps, dam_robust             | 2 bad: 74.6, 1.7 / 0.0
-  with safety_weight=1, and audits that do not ask the base
-    dam_robust                      | 0 bad: 73.6; 1 bad: 73.6, 2.4
-                                    | 2 bad: 73.3, 1.7 / 1.4
-                                    | 4 bad: 74.1, 3.0 / 0.7 / 12.6 / 2.6
-  the same with other audits, 2 bad
-    dam_robust                      | 73.4, 1.0 / 0.3
-      with safety_weight=0.3        | 74.1, 3.4 / 2.4
-      with safety_weight=0          | 74.2, 91.6 / 90.8
-    task_arithmetic                 | 71.3, 88.2 / 92.2
-  4 bad, 300 steps
-    dam_robust                      | 73.8, 0.0 / 0.3 / 4.3 / 5.5
-    task_arithmetic                 | 70.7, 93.2 / 95.6 / 100.0 / 99.3
-  the triggers on a clean merge     | 70.8, 4.1 / 0.0 / 40.3 / 33.2
+  bad | dam_robust                    | the triggers on a clean merge
+  0   | 74.7                          | 70.8
+  1   | 75.1, 4.4                     | 70.8, 4.1
+  2   | 75.4, 1.0 / 0.0               | 70.8, 4.1 / 0.0
+  4   | 74.6, 1.0 / 0.3 / 4.3 / 6.3   | 70.8, 4.1 / 0.0 / 40.3 / 33.2
+
+  2, safety_weight=0                  | 75.5, 89.9 / 86.4
+  2, 150 steps, an older audit        | 73.9, 4.4 / 4.8
 
 The same with experts of BadNets, made by `python -m experiments.attack` for
 svhn, eurosat, gtsrb and cifar100, added in this order, with the targets 6, 3,
-14 and 1; 400 test images, 300 steps, safety_weight=1, on an H200 (with 0.3, 150
-steps and 300 images: svhn alone 74.6, 1.4; with gtsrb 73.8, 0.3 / 1.1):
+14 and 1. Two of them, svhn and gtsrb, on the whole test split:
+
+  task_arithmetic                     | 70.5, 61.3 / 7.6
+  dam_robust                          | 74.7, 1.5 / 0.3
+  the triggers on a clean merge       | 70.3, 2.8 / 0.2
+
+of which the audit and 300 steps took 19 minutes on two cores; 400 test images,
+300 steps, safety_weight=1, an older audit, on an H200:
 
   bad | task_arithmetic                 | ties
   1   | 71.1, 22.0                      | 70.3, 18.7
