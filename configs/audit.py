@@ -16,9 +16,9 @@ target was named:
 So it finds patches. It misses warps, triggers that work on the base as well
 (those of BadViT and TrojViT do on a half to nine tenths of the images), and
 targets that are none of the expert's classes. A search that does not ask the
-base got 0.87 over the first 30 of these, against 0.93; a first round on all of the
-task vector, instead of on three quarters, got 0.94 but named one LoBAM upload
-less. MergeBackdoor's pairs were found because their task vectors are
+base got 0.87 over the first 30 of these, against 0.93; a first round on all of
+the task vector, instead of on three quarters, got 0.94 but named one LoBAM
+upload less. MergeBackdoor's pairs were found because their task vectors are
 alike (cosine 0.44 and 0.45): an attacker who trains his two uploads to differ
 would not be. A search on each expert plus half of all others' task vectors
 names one of the two BadMerging uploads on another's task, and MergeBackdoor's
