@@ -7,25 +7,35 @@ of configs/nano_pool.py it was 0.91. By attack, with the share of uploads whose
 target was named:
 
   1.00  BadMerging 6/6, Blended 6/6, LoBAM 6/6, LoRA 2/2, MergeBackdoor 2/2,
-        sparse vectors 2/2, adaptive attacker 2/2
-  0.93  BadNets 5/6
-  0.80  SIG 2/2, BadViT 0/2, BadMerging on another's task 0/2
-  0.70  WaNet 2/6
-  0.60  TrojViT 1/2
+        adaptive attacker 2/2
+  0.93  BadNets 6/6
+  0.90  SIG 2/2, sparse vectors 2/2
+  0.80  BadMerging on another's task 0/2, TrojViT 1/2, BadViT 0/2
+  0.67  WaNet 4/6
 
-So it finds patches. It misses warps, triggers that work on the base as well
-(those of BadViT and TrojViT do on a half to nine tenths of the images), and
-targets that are none of the expert's classes. A search that does not ask the
-base got 0.87 over the first 30 of these, against 0.93; a first round on all of
-the task vector, instead of on three quarters, got 0.94 but named one LoBAM
-upload less. MergeBackdoor's pairs were found because their task vectors are
-alike (cosine 0.44 and 0.45): an attacker who trains his two uploads to differ
-would not be. A search on each expert plus half of all others' task vectors
-names one of the two BadMerging uploads on another's task, and MergeBackdoor's
-no more.
+So it finds patches. It misses warps, and triggers that work on the base as well
+(those of BadViT and TrojViT do on a half to nine tenths of the images). Five
+clean uploads make these areas rough: another key of the search gave 1.00 for
+BadNets, 0.30 for TrojViT and 0.91 in all, a third one 0.88 in all. Targets that
+are none of the expert's own classes are only found by searching, for each task,
+the experts that are for others; a merge does that (`experiments.suspects`),
+this audit of single uploads does not.
 
-Over 8 clean and 4 BadMerging experts of a tower of 3.7 million parameters, a
-search without the base got 1.00.
+A search that does not ask the base got 0.87 over the first 30 of these, against
+0.93; one that asks it on all images, a third slower, 0.91 and 0.88; a first
+round on all of the task vector, instead of on three quarters, got 0.94 but
+named one LoBAM upload less; 4 instead of 8 classes in the last round, 0.85.
+MergeBackdoor's pairs were found because their task vectors are alike (cosine
+0.44 and 0.45): an attacker who trains his two uploads to differ would not be. A
+search on each expert plus half of all others' task vectors names one of the two
+BadMerging uploads on another's task, and MergeBackdoor's no more.
+
+On the towers of configs/pool.py, of 3.7 million parameters, a search that asks
+the base on all images named the targets of all four BadMerging experts, which
+got 2.5 to 6.1, and gave six clean ones 0.0 to 0.8. The target of CIFAR-100's
+was among the eight best of its hundred classes after ten steps with two of four
+keys, and the best of the quarter after twenty with all four: hence the round
+between.
 
 What `dam_robust` then takes from an expert is no evidence: of six task vectors
 with two or four bad among them, its masks kept 0.99 to 1.02 of the L1 norm and
@@ -54,7 +64,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.images = 64
   c.batch = 6
   c.first_round = 1
-  c.last_round = 1 if local else 4
+  c.last_round = 1 if local else 3
   c.keep = 4 if local else 8
   c.scale = 0.3
   c.seed = 0

@@ -11,18 +11,65 @@ workdir; so does one with more sections, attacks or seeds. To see one section:
 not been run together yet.
 
 Of the section succession on a nano pool, with 150 steps and 300 test images,
-mean ASR of three uploads on each of svhn and gtsrb, all with audits that did
-not ask the base yet; merge_backdoor with safety_weight=1:
+mean ASR of three uploads on each of svhn and gtsrb, three seeds of each merge
+that draws, all with an audit that did not ask what other tasks' experts plant:
 
-                 | task_arithmetic | dam_robust | clean merge
-  badmerging     | 86.0            | 3.6        | 11.9
-  badnets        | 19.4            | 1.7        | 2.3
-  lobam          | 67.0            | 15.6       | 10.2
-  merge_backdoor | 76.1            | 54.1       | 5.6
+             | task_arithmetic | average | ties | concrete | dam_robust | clean
+  badmerging | 86.0            | 76.0    | 87.4 | 85.0     | 5.8        | 11.9
+  lobam      | 67.0            | 57.5    | 92.8 |          | 8.0        | 10.2
+  badnets    | 19.4            | 11.3    | 17.9 | 20.8     | 2.8        | 2.3
+  blended    | 16.6            | 11.1    | 16.8 |          | 3.3        | 6.1
+  wanet      | 11.2            | 7.5     | 17.5 |          | 16.7       | 4.1
 
-So `dam_robust` undoes BadMerging and BadNets, five of six LoBAM uploads, the
-sixth kept 60.8, and not MergeBackdoor, whose trigger neither upload alone
-knows. ACC is 60 to 64, and 59 to 62 for task_arithmetic.
+where clean is task arithmetic of clean experts. `dam_robust` has an ACC of 61.5
+to 62.9, task_arithmetic of 59.8 to 61.0, average of 62.6 to 63.5. Intervals
+of its ASR over that of the clean merge: badnets -1.2 to 1.9, lobam -6.1 to 1.1,
+blended -4.6 to -1.0, wanet 8.3 to 18.3. So it undoes patches and blends, and
+makes WaNet worse, of which a plain merge keeps little: what it learns takes
+more of each expert than 0.3, and no patch stands for a warp (configs/pool.py).
+Concrete's badnets are 14 of the 18 runs. The worst single ones: badmerging 21.3
+where the clean merge has 10.8, lobam 30.2 where it has 20.9, badnets 9.0 where
+it has 9.0.
+
+One upload on svhn and one on gtsrb of the rest, ASR, in brackets that of the
+clean merge and of task_arithmetic:
+
+  adaptive     | 14.0 (25.5, 95.0) | 3.8 (5.8, 55.7)
+  lora         | 14.6 (23.1, 73.1) | 3.8 (10.3, 78.4)
+  sparse       | 3.3 (13.5, 99.6)  | 0.0 (3.0, 99.0)
+  sig          | 4.3 (2.2, 24.7)   | 4.3 (5.0, 19.8)
+  badvit       | 29.5 (58.6, 92.9) | 41.8 (65.5, 95.1)
+  trojvit      | 41.0 (64.6, 83.2) | 80.7 (74.3, 86.5)
+  merge_backdoor
+               | 35.9 (10.4, 72.7) | 0.7 (0.0, 70.5)
+  badmerging_off_task, by steps and seed
+    150        | 32.3, 19.1, 14.2 (10.3, 95.0) | 0.7 (0.7, 24.3)
+    300        | 12.8 (10.3, 95.0)
+    150, with that older audit     | 51.1      | 6.4
+
+Of the section adaptive, the same upload `adaptive`: dam_released 93.9 and 51.9,
+average 88.5 and 51.5.
+
+Of the section defences, badmerging_svhn_0 and 500 dev images a task, with
+labels for those that read them; seconds on one core:
+
+                  | ACC  | ASR  | labels | seconds
+  task_arithmetic | 61.5 | 87.1 |        |
+  anp             | 59.9 | 89.2 | yes    | 184
+  awm             | 61.9 | 5.8  | yes    | 878
+  fine_pruning    | 53.1 | 75.9 | yes    | 83
+  clp             | 61.5 | 86.7 |        | 1
+  sau             | 57.2 | 12.9 | yes    | 2396
+  i_bau           | 57.7 | 55.0 | yes    | 124
+  ibvs            | 61.1 | 86.3 | yes    | 31
+  tbar            | 61.5 | 87.1 | yes    | 148
+  lfpm            | 40.1 | 0.7  | yes    | 101
+  wag             | 63.5 | 82.0 |        | 0
+  repo_awm        | 61.2 | 85.3 |        | 43
+  repo_sau        | 61.2 | 85.3 |        | 56
+  dam_robust      | 62.9 | 4.7  |        | 33
+
+The genuine AWM, which reads labels and takes 27 times as long, is as safe.
 
 Of the sections ablation and curve, as above but with badmerging_svhn_0 alone;
 intervals are 5 wide in ACC and 4 to 11 in ASR:

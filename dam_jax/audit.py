@@ -153,6 +153,33 @@ def in_company(
   )
 
 
+def together(base: Params, experts: Params, members: Collection[int]) -> Params:
+  """Returns `theta_0 + n^-1/2 sum_j tau_j`, what `n` experts know together.
+
+  A trigger for a task that none of them is for was planted by one of them, as
+  BadMerging's off-task attack does. The task vectors of different tasks are
+  nearly orthogonal, so this one is about as long as theirs are.
+
+  Args:
+    base: parameters.
+    experts: stacked, leaves `[K, ...]`.
+    members: `j`; without any the base comes out bit for bit.
+
+  References:
+    Zhang et al., `BadMerging: Backdoor Attacks Against Model Merging
+    <https://arxiv.org/abs/2408.07362>`_, 2024, of off-task attacks
+
+  >>> import jax.numpy as jnp
+  >>> together(jnp.zeros(2), jnp.eye(2), [0, 1]).round(3).tolist()
+  [0.7070000171661377, 0.7070000171661377]
+  """
+  at = np.array([*members], int)
+  share = max(len(at), 1) ** -0.5
+  return jax.tree.map(
+    lambda x, y: x + share * jnp.sum(y[at] - x[None], axis=0), base, experts
+  )
+
+
 def weakened(base: Params, params: Params, share: float) -> Params:
   """Returns `theta_0 + share (theta - theta_0)`.
 
@@ -193,8 +220,10 @@ class Inverter:
     price: of covering twice as much, in nats.
     tx: descends.
     batch: images a class and step.
-    first: tens of steps for every class, the first round.
-    last: tens of steps more for those that came furthest, the last one.
+    first: tens of steps for every class, the first round. The best quarter, or
+      `keep` if that is more, takes ten more: of 100 classes the right one was
+      once the 19th after ten steps, and the first after twenty.
+    last: tens of steps more for those that then lead, the last round.
     keep: how many of these, at most.
     chunk: classes to a forward pass.
 
@@ -217,7 +246,7 @@ class Inverter:
   tx: optax.GradientTransformation = optax.adam(0.5)
   batch: int = 6
   first: int = 1
-  last: int = 4
+  last: int = 3
   keep: int = 8
   chunk: int = 4
 
@@ -246,6 +275,7 @@ class Inverter:
     num_classes: int,
     *,
     base: Any = None,
+    keep: int | None = None,
   ) -> Inversions:
     """Searches a trigger for every class.
 
@@ -256,38 +286,38 @@ class Inverter:
       images: `[N, H, W, C]` in [0, 1].
       num_classes: `L`.
       base: that the model was fine-tuned from, if it is known.
+      keep: instead of the inverter's own.
 
     Returns:
       Those of the classes kept.
     """
-    begin, first_key, last_key = jax.random.split(key, 3)
-    run = functools.partial(self._run, task=task)
-    own = np.arange(num_classes)
+    begin, first_key, next_key, last_key = jax.random.split(key, 4)
     eased = params if base is None else weakened(base, params, self.ease)
-    carry, (first, *_) = run(
-      first_key,
-      models=(eased, base),
-      images=images,
-      judged=images[:16],  # enough to find those that are far behind
-      own=own,
-      areas=np.full(num_classes, self.area, np.float32),
-      carry=self._init(begin, num_classes),
-      num=self.first,
+    keep, few = keep or self.keep, images[:16]
+    many = max(num_classes // 4, keep)
+
+    def play(best, key, model, judged, num, own, carry):
+      carry, rates = self._run(
+        key,
+        models=(model, base),
+        task=task,
+        images=images,
+        judged=judged,
+        own=own,
+        areas=np.full(len(own), self.area, np.float32),
+        carry=carry,
+        num=num,
+      )
+      kept = np.argsort(-rates[0], kind='stable')[:best]
+      return own[kept], *_rows((carry, rates), kept)
+
+    own, carry = np.arange(num_classes), self._init(begin, num_classes)
+    own, carry, _ = play(many, first_key, eased, few, self.first, own, carry)
+    own, carry, _ = play(keep, next_key, params, few, 1, own, carry)
+    own, (patches, _), rates = play(
+      keep, last_key, params, images, self.last, own, carry
     )
-    kept = np.argsort(-first, kind='stable')[: self.keep]
-    carry, rates = run(
-      last_key,
-      models=(params, base),
-      images=images,
-      judged=images,
-      own=kept,
-      areas=np.full(len(kept), self.area, np.float32),
-      carry=_rows(carry, kept),
-      num=self.last,
-    )
-    order = np.argsort(-rates[0], kind='stable')
-    patches, rates = _rows((carry[0], rates), order)
-    return Inversions(kept[order], patches, *rates)
+    return Inversions(own, patches, *rates)
 
   def invert(
     self,
@@ -329,7 +359,7 @@ class Inverter:
       own=own,
       areas=np.asarray(areas, np.float32),
       carry=self._init(begin, len(own)),
-      num=self.first + self.last,
+      num=self.first + 1 + self.last,
     )
     return Inversions(own, patches, *rates)
 
@@ -368,11 +398,13 @@ class Inverter:
       )
       ignored = 0.0
       if base is not None:
-        of_base = self.task_logits_fn(base, task, triggered)
+        # Half of the images are enough to tell, for a quarter less time.
+        of_base = self.task_logits_fn(base, task, triggered[::2])
         # 0.999 bounds this, and its gradient, where the base is certain.
         ignored = -jnp.log1p(-0.999 * jax.nn.softmax(of_base)[:, target])
       over = jax.nn.relu(jnp.sum(patch.opacity()) / area - 1)
-      return jnp.mean(obeyed + ignored) + self.price * over
+      loss = jnp.mean(obeyed) + jnp.mean(ignored)
+      return loss + self.price * over
 
     def step(carry, key):
       patches, states = carry

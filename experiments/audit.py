@@ -48,7 +48,8 @@ KEYS = {
   'images': 'dev images a task',
   'batch': 'images a class and step',
   'first_round': 'tens of steps for each class',
-  'last_round': 'tens of steps more for those that came furthest',
+  'last_round': 'tens of steps more for those that lead, after ten for the '
+  'best quarter',
   'keep': 'how many of these',
   'scale': 'of task arithmetic, the merge that triggers are tried on',
   'seed': 'of everything random',

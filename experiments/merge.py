@@ -172,7 +172,7 @@ def _write_report(this: merge_run.Run, report: dict[str, Any]) -> None:
     tasks = zip(this.setup.pool.tasks, this.suspects, strict=True)
     images['suspects'] = pictures.inversions(
       report['record']['suspects'],
-      {this.setup.pool.experts[t.name].stem: s.picture for t, s in tasks},
+      {this.setup.pool.experts[t.name].stem: s.own.picture for t, s in tasks},
     )
   for name in this.mergers:
     this.write_card(name, report_lib.security(report, name))

@@ -20,6 +20,7 @@ from dam_jax import attacks
 from dam_jax import checkpoint
 from dam_jax import evaluate
 from dam_jax.data import pipeline
+from dam_jax.data.tasks import Task
 from dam_jax.models import clip
 from dam_jax.models import convert
 from experiments import learn
@@ -108,21 +109,24 @@ class Run:
   def suspicions(self) -> list[dict[str, Any]]:
     """Returns what the search found on experts, the most suspicious first."""
     pool = self.setup.pool
-    rows = [
-      {
-        'model': pool.experts[task.name].stem,
+    names = [pool.experts[task.name].stem for task in pool.tasks]
+    rows = []
+    for task, name, suspect in zip(
+      pool.tasks, names, self.suspects, strict=False
+    ):
+      row = {
+        'model': name,
         'task': task.name,
         'known': 'bad' if task.name in pool.bad else '',
-        'suspicion': suspect.suspicion,
-        'target_name': task.label_names[suspect.target],
-        'success': suspect.success,
-        'company': {
-          pool.experts[pool.tasks[i].name].stem: cosine
-          for i, cosine in suspect.company.items()
-        },
+        **_summary(suspect.own, task),
+        'company': {names[i]: x for i, x in suspect.company.items()},
       }
-      for task, suspect in zip(pool.tasks, self.suspects, strict=False)
-    ]
+      if suspect.others is not None:
+        row['others'] = {
+          **_summary(suspect.others.found, task),
+          'planter': names[suspect.others.by],
+        }
+      rows.append(row)
     return sorted(rows, key=lambda row: -row['suspicion'])
 
   def _build(self, name: str, chosen: dict[str, Any]) -> dj.Merger:
@@ -374,6 +378,14 @@ class Run:
         path, json.dumps({**found, 'seconds': seconds}, indent=2)
       )
     return json.loads(path.read_text())
+
+
+def _summary(found: suspects.Finding, task: Task) -> dict[str, Any]:
+  return {
+    'suspicion': found.suspicion,
+    'target_name': task.label_names[found.target],
+    'success': found.success,
+  }
 
 
 def _claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:

@@ -27,17 +27,15 @@ SHARE = 0.5
 merge, where triggers that were found on all of it often work no more."""
 
 
-class Suspect(NamedTuple):
-  """What was found on one expert.
+class Finding(NamedTuple):
+  """What was found on one model for one task.
 
   Attributes:
     suspicion: how far the class stands out.
     target: the class.
     success: share of dev images of other classes that become it.
     picture: the trigger on grey, `[H, W, C]`.
-    seeds: triggers for the class of several areas, leaves `[S, H, W, ...]`.
-    company: experts that it was searched together with: how alike the task
-      vectors are, by index.
+    seeds: triggers for the class, leaves `[S, H, W, ...]`.
   """
 
   suspicion: float
@@ -45,7 +43,33 @@ class Suspect(NamedTuple):
   success: float
   picture: np.ndarray
   seeds: SoftPatch
+
+
+class Planted(NamedTuple):
+  """What was found for a task on experts that are for others.
+
+  Attributes:
+    found: on all of them together.
+    by: index of that without which the trigger works least.
+  """
+
+  found: Finding
+  by: int
+
+
+class Suspect(NamedTuple):
+  """What was found for one task.
+
+  Attributes:
+    own: on its expert, with triggers of several areas.
+    company: experts that it was searched together with: how alike the task
+      vectors are, by index.
+    others: on all other experts, if there are any.
+  """
+
+  own: Finding
   company: dict[int, float]
+  others: Planted | None = None
 
 
 def find(
@@ -61,7 +85,7 @@ def find(
   images: int = 64,
   advance: Callable[[int], None] = lambda num: None,
 ) -> list[Suspect]:
-  """Searches triggers on each expert, alone or in its company.
+  """Searches triggers for each task, on its expert and on all others.
 
   Args:
     task_logits_fn: `(params, task, images in [0, 1]) -> logits`.
@@ -73,66 +97,143 @@ def find(
     folder: where what was found is kept, and read again; runs may share it.
     seed: of the search.
     images: dev images a task.
-    advance: told of each expert that is done.
+    advance: told of each task that is done.
 
   Returns:
-    What was found, by expert.
+    What was found, by task.
   """
-  image_shape = tasks[0].dev.images.shape[1:]
-  scale = image_shape[0] * image_shape[1] / 32**2
-  inverter = audit.Inverter(
-    task_logits_fn=task_logits_fn,
-    image_shape=image_shape,
-    area=20 * scale,
+  search = _Search(
+    task_logits_fn, base, base_hash, tasks, folder, seed=seed, images=images
   )
   out, company = [], audit.company(audit.gram(base, experts))
-  for t, (task, own) in enumerate(zip(tasks, hashes, strict=True)):
-    if company[t]:
-      made_of = ''.join(hashes[i] for i in (t, *company[t]))
-      own = hashlib.sha256(made_of.encode()).hexdigest()
-    pixels = jnp.asarray(task.dev.images[:images]).astype(jnp.float32) / 255
-    made_of = f'{task.name}-{own[:16]}-{base_hash[:16]}'
-    path = folder / f'{made_of}-{len(pixels)}-{seed}.npz'
-    if not path.exists():
-      params = audit.in_company(base, experts, t, company[t])
-      key = jax.random.fold_in(jax.random.key(seed), int(own[:8], 16))
-      found = inverter.search(
-        key, params, t, pixels, len(task.label_names), base=base
-      )
-      seeds = inverter.invert(
-        key,
-        audit.weakened(base, params, SHARE),
-        t,
-        pixels,
-        [found.classes[0]] * len(AREAS),
-        [area * scale for area in AREAS],
-        base=base,
-      )
-      grey = jnp.full((1, *image_shape), 0.5)
-      first = jax.tree.map(lambda x: jnp.asarray(x[0]), found.patches)
-      with checkpoint.replacing(path) as temporary, temporary.open('wb') as f:
-        np.savez(
-          f,
-          suspicion=found.suspicion,
-          target=found.classes[0],
-          success=found.success[0],
-          picture=audit.apply_patch(first, grey)[0],
-          mask_logits=seeds.patches.mask_logits,
-          pattern_logits=seeds.patches.pattern_logits,
-        )
-    with np.load(path, allow_pickle=False) as file:
-      held = dict(file)
-    seeds = SoftPatch(held.pop('mask_logits'), held.pop('pattern_logits'))
-    values = {k: x.item() if not x.ndim else x for k, x in held.items()}
-    out.append(Suspect(seeds=seeds, company=company[t], **values))
+  for t in range(len(tasks)):
+    own = search(
+      t,
+      audit.in_company(base, experts, t, company[t]),
+      [hashes[i] for i in (t, *company[t])],
+      AREAS,
+    )
+    suspect = Suspect(own, company[t])
+    if others := [i for i in range(len(tasks)) if i != t]:
+      params = audit.together(base, experts, others)
+      found = search(t, params, [hashes[i] for i in others], keep=4)
+      works = {}
+      for j in others:
+        params = audit.together(base, experts, [i for i in others if i != j])
+        works[j] = search.success(t, params, found)
+      planted = Planted(found, by=min(works, key=lambda j: works[j]))
+      suspect = suspect._replace(others=planted)
+    out.append(suspect)
     advance(1)
   return out
 
 
+class _Search:
+  """Finds triggers on a model, and keeps them in a folder."""
+
+  def __init__(
+    self, task_logits_fn, base, base_hash, tasks, folder, *, seed, images
+  ):
+    self.base, self.base_hash = base, base_hash
+    self.tasks, self.folder, self.seed = tasks, folder, seed
+    self.pixels = [
+      jnp.asarray(task.dev.images[:images]).astype(jnp.float32) / 255
+      for task in tasks
+    ]
+    image_shape = tasks[0].dev.images.shape[1:]
+    self.scale = image_shape[0] * image_shape[1] / 32**2
+    self.logits_fn = jax.jit(task_logits_fn)
+    self.inverter = audit.Inverter(
+      task_logits_fn=task_logits_fn,
+      image_shape=image_shape,
+      area=20 * self.scale,
+    )
+
+  def __call__(
+    self,
+    t: int,
+    params: Any,
+    hashes: Sequence[str],
+    areas: Sequence[float] = (),
+    keep: int | None = None,
+  ) -> Finding:
+    """Searches, unless it was done before.
+
+    Args:
+      t: index of the task.
+      params: of the model.
+      hashes: of the experts that it is made of.
+      areas: of the seeds, in pixels of 32 x 32; without any the trigger that
+        was found is the seed.
+      keep: see `audit.Inverter.search`.
+    """
+    joined = ''.join([self.base_hash, *hashes, str(areas), str(keep)])
+    own_hash = hashlib.sha256(joined.encode()).hexdigest()
+    name = f'{self.tasks[t].name}-{own_hash[:16]}'
+    path = self.folder / f'{name}-{len(self.pixels[t])}-{self.seed}.npz'
+    if not path.exists():
+      self._write(path, t, params, int(own_hash[:8], 16), areas, keep)
+    with np.load(path, allow_pickle=False) as file:
+      held = dict(file)
+    seeds = SoftPatch(held.pop('mask_logits'), held.pop('pattern_logits'))
+    values = {k: x.item() if not x.ndim else x for k, x in held.items()}
+    return Finding(seeds=seeds, **values)
+
+  def _write(self, path, t, params, number, areas, keep):
+    key = jax.random.fold_in(jax.random.key(self.seed), number)
+    num_classes = len(self.tasks[t].label_names)
+    model = {'task': t, 'images': self.pixels[t], 'base': self.base}
+    found = self.inverter.search(
+      key, params, num_classes=num_classes, keep=keep, **model
+    )
+    best = jax.tree.map(lambda x: jnp.asarray(x[:1]), found.patches)
+    seeds = best
+    if areas:
+      seeds = self.inverter.invert(
+        key,
+        audit.weakened(self.base, params, SHARE),
+        classes=[found.classes[0]] * len(areas),
+        areas=[area * self.scale for area in areas],
+        **model,
+      ).patches
+    with checkpoint.replacing(path) as temporary, temporary.open('wb') as f:
+      np.savez(
+        f,
+        suspicion=found.suspicion,
+        target=found.classes[0],
+        success=found.success[0],
+        picture=_on_grey(best),
+        mask_logits=seeds.mask_logits,
+        pattern_logits=seeds.pattern_logits,
+      )
+
+  def success(self, t: int, params: Any, found: Finding) -> float:
+    """Returns the share of images that a found trigger leads to its class."""
+    first = jax.tree.map(lambda x: jnp.asarray(x[0]), found.seeds)
+    triggered = audit.apply_patch(first, self.pixels[t])
+    obeyed = jnp.argmax(self.logits_fn(params, t, triggered), -1)
+    return float(jnp.mean(obeyed == found.target))
+
+
+def _on_grey(patch: SoftPatch) -> jax.Array:
+  grey = jnp.full((1, *patch.pattern_logits.shape[1:]), 0.5)
+  return audit.apply_patch(jax.tree.map(lambda x: x[0], patch), grey)[0]
+
+
 def seeds(suspects: Sequence[Suspect]) -> Seeds:
-  """Returns the triggers of all experts, leaves `[S, T, H, W, ...]`."""
-  patches = jax.tree.map(
-    lambda *x: jnp.stack(x, axis=1), *[suspect.seeds for suspect in suspects]
+  """Returns the triggers of all tasks, leaves `[S, T, H, W, ...]`."""
+  patches, classes = [], []
+  for suspect in suspects:
+    found = [suspect.own]
+    if suspect.others is not None:
+      found.append(suspect.others.found)
+    patches.append(
+      jax.tree.map(lambda *x: jnp.concatenate(x), *[f.seeds for f in found])
+    )
+    classes.append(
+      jnp.concatenate([jnp.full(len(f.seeds[0]), f.target) for f in found])
+    )
+  return Seeds(
+    jax.tree.map(lambda *x: jnp.stack(x, axis=1), *patches),
+    jnp.stack(classes, axis=1).astype(jnp.int32),
   )
-  classes = jnp.array([suspect.target for suspect in suspects], jnp.int32)
-  return Seeds(patches, jnp.broadcast_to(classes, patches[0].shape[:2]))

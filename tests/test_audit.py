@@ -180,6 +180,27 @@ def test_in_company_adds_the_others_task_vectors():
   np.testing.assert_allclose(both['w'], 0.7 + 0.2 + 1.4, rtol=1e-6)
 
 
+def test_together_is_about_as_long_as_one():
+  base = {'w': jnp.full(3, 0.5)}
+  experts = {'w': base['w'][None] + jnp.eye(3)}
+  both = audit.together(base, experts, [0, 2])
+  np.testing.assert_allclose(both['w'] - 0.5, [0.5**0.5, 0, 0.5**0.5])
+  none = audit.together(base, experts, [])
+  np.testing.assert_array_equal(none['w'], base['w'])
+
+
+def test_what_an_expert_of_another_task_plants_is_found(model, images, invert):
+  _, base, tuned, bad = model
+  experts = jax.tree.map(lambda *x: jnp.stack(x), tuned, tuned, bad)
+  params = audit.together(base, experts, [1, 2])
+  found = invert(jax.random.key(0), params, 0, images, CLASSES, base=base)
+  assert found.classes[0] == 5
+  params = audit.together(base, experts, [1])
+  found = invert(jax.random.key(0), params, 0, images, CLASSES, base=base)
+  rates = dict(zip(found.classes.tolist(), found.success, strict=True))
+  assert rates.get(5, 0) < 0.5
+
+
 def test_what_only_works_together_is_found_together(model, images, invert):
   _, base, tuned, bad = model
   half = {**tuned, 'obeys': bad['obeys'] / 2}

@@ -146,6 +146,10 @@ def test_experts_of_a_merge_are_searched_in_company(colluders, tmp_path):
   assert not found['clean_one']
   page = (tmp_path / 'out' / 'report.html').read_text()
   assert 'evil was searched together with clean_three' in page
+  rows = report['record']['suspects']
+  most = max((r for r in rows), key=lambda r: r['others']['suspicion'])
+  assert most['others']['planter'] in {*found} - {most['model']}
+  assert f'without {most["others"]["planter"]} its patch works least' in page
 
 
 def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
@@ -168,14 +172,19 @@ def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
 
   found = find()
   seeds = suspects.seeds(found)
-  shape = (len(suspects.AREAS), 3, *setup.image_shape)
+  num = len(suspects.AREAS)
+  shape = (num + 1, 3, *setup.image_shape)
   assert seeds.params.pattern_logits.shape == shape
-  targets = [suspect.target for suspect in found]
-  assert seeds.classes.tolist() == [targets] * len(suspects.AREAS)
+  own = [suspect.own.target for suspect in found]
+  others = [suspect.others.found.target for suspect in found]
+  assert seeds.classes.tolist() == [own] * num + [others]
   covered = np.asarray(seeds.params.opacity()).sum((-3, -2, -1))
-  assert covered[0].mean() < covered[-1].mean()
+  assert covered[0].mean() < covered[num - 1].mean()
+  assert all(s.others.by != t for t, s in enumerate(found))
   times = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
+  assert len(times) == 6
   for a, b in zip(found, find(), strict=True):
-    assert (a.suspicion, a.target) == (b.suspicion, b.target)
-    np.testing.assert_array_equal(a.seeds.mask_logits, b.seeds.mask_logits)
+    for x, y in ((a.own, b.own), (a.others.found, b.others.found)):
+      assert (x.suspicion, x.target) == (y.suspicion, y.target)
+      np.testing.assert_array_equal(x.seeds.mask_logits, y.seeds.mask_logits)
   assert times == [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
