@@ -32,7 +32,8 @@ BadMerging uploads on another's task, and MergeBackdoor's no more.
 
 On the towers of configs/pool.py, of 3.7 million parameters, a search that asks
 the base on all images named the targets of all four BadMerging experts, which
-got 2.5 to 6.1, and gave six clean ones 0.0 to 0.8. The target of CIFAR-100's
+got 2.5 to 6.1, and gave six clean ones 0.0 to 0.8; this one gave two of the
+former 2.2 and 6.0, and four of the latter up to 1.2. The target of CIFAR-100's
 was among the eight best of its hundred classes after ten steps with two of four
 keys, and the best of the quarter after twenty with all four: hence the round
 between.

@@ -15,15 +15,18 @@ command was not run on the whole split yet:
   2   | 70.3, 89.5 / 90.5                  | 66.2, 71.6 / 56.5
   4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
 
-With 300 test images a task, on an H200:
+With 300 test images a task; 2 on two CPU cores, where the audit took 10.6
+minutes, 300 steps 7.6 and all of it 19.6, the others on an H200, with an audit
+that asks the base on all images and not on half of them:
 
   bad | dam_robust                    | the triggers on a clean merge
   0   | 75.7                          | 70.8
   1   | 75.3, 1.7                     | 70.8, 4.1
-  2   | 74.8, 1.0 / 0.0               | 70.8, 4.1 / 0.0
+  2   | 74.8, 1.4 / 0.0               | 70.8, 4.1 / 0.0
   4   | 74.6, 2.0 / 0.0 / 1.8 / 5.9   | 70.8, 4.1 / 0.0 / 40.3 / 33.2
 
-  2, safety_weight=0                  | 75.5, 89.9 / 86.4
+  2, on the H200                      | 74.8, 1.0 / 0.0
+  2, there, safety_weight=0           | 75.5, 89.9 / 86.4
 
 and with badmerging_svhn among fewer tasks (svhn, mnist, gtsrb, cifar100):
 
@@ -36,11 +39,11 @@ svhn, eurosat, gtsrb and cifar100, added in this order, with the targets 6, 3,
 14 and 1. Two of them, svhn and gtsrb, on the whole test split:
 
   task_arithmetic                     | 70.5, 61.3 / 7.6
-  dam_robust                          | 74.7, 1.5 / 0.3
+  dam_robust, an older audit          | 74.7, 1.5 / 0.3
   the triggers on a clean merge       | 70.3, 2.8 / 0.2
 
-of which the audit and 300 steps took 19 minutes on two cores; 400 test images,
-300 steps, safety_weight=1, an older audit, on an H200:
+and with 400 test images, 300 steps, safety_weight=1 and an older audit, on an
+H200:
 
   bad | task_arithmetic                 | ties
   1   | 71.1, 22.0                      | 70.3, 18.7

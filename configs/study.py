@@ -12,7 +12,7 @@ not been run together yet.
 
 Of the section succession on a nano pool, with 150 steps and 300 test images,
 mean ASR of three uploads on each of svhn and gtsrb, three seeds of each merge
-that draws, all with an audit that did not ask what other tasks' experts plant:
+that draws, all with an older audit, of two rounds and of own experts alone:
 
              | task_arithmetic | average | ties | concrete | dam_robust | clean
   badmerging | 86.0            | 76.0    | 87.4 | 85.0     | 5.8        | 11.9
@@ -25,14 +25,15 @@ where clean is task arithmetic of clean experts. `dam_robust` has an ACC of 61.5
 to 62.9, task_arithmetic of 59.8 to 61.0, average of 62.6 to 63.5. Intervals
 of its ASR over that of the clean merge: badnets -1.2 to 1.9, lobam -6.1 to 1.1,
 blended -4.6 to -1.0, wanet 8.3 to 18.3. So it undoes patches and blends, and
-makes WaNet worse, of which a plain merge keeps little: what it learns takes
-more of each expert than 0.3, and no patch stands for a warp (configs/pool.py).
+makes WaNet worse, of which a plain merge keeps little: no patch stands for a
+warp, and adversaries who warp did not help either (configs/pool.py).
 Concrete's badnets are 14 of the 18 runs. The worst single ones: badmerging 21.3
 where the clean merge has 10.8, lobam 30.2 where it has 20.9, badnets 9.0 where
 it has 9.0.
 
 One upload on svhn and one on gtsrb of the rest, ASR, in brackets that of the
-clean merge and of task_arithmetic:
+clean merge and of task_arithmetic; merge_backdoor and badmerging_off_task with
+an audit that asks all others too, of two rounds:
 
   adaptive     | 14.0 (25.5, 95.0) | 3.8 (5.8, 55.7)
   lora         | 14.6 (23.1, 73.1) | 3.8 (10.3, 78.4)
