@@ -3,10 +3,11 @@
   python -m experiments.make_pool --config=configs/nano_pool.py --workdir=PATH
 
 The workdir becomes a folder that `dam_jax.data.tasks.load_pool` reads. A model
-that is there is not made again, so an interrupted run goes on. `eval.json` says
-of each upload what it is worth alone and in a plain merge with clean experts,
-beside what its trigger does to clean models. ACC is on the task whose expert it
-is given out as (`home`), ASR on the task that it attacks (`task`).
+that is there is not made again, so an interrupted run goes on, and one with
+more attacks, tasks to attack or seeds adds to it. `eval.json` says of each
+upload what it is worth alone and in a plain merge with clean experts, beside
+what its trigger does to clean models. ACC is on the task whose expert it is
+given out as (`home`), ASR on the task that it attacks (`task`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,9 @@ KEYS = {
   'seed': 'of everything random',
 }
 """What a config says."""
+
+OPEN = ('attacks', 'attacked', 'seeds', 'test', 'scale')
+"""Keys that may change while a pool grows; no model depends on them."""
 
 
 def check_config(config: config_dict.ConfigDict) -> None:
@@ -239,7 +243,7 @@ def _write_config(pool: Pool) -> None:
   """Writes what a pool is made of, or raises where it was another."""
   made = pool.folder / 'made.json'
   asked = json.loads(pool.config.to_json())
-  if made.exists() and json.loads(made.read_text()) != asked:
+  if made.exists() and _fixed(json.loads(made.read_text())) != _fixed(asked):
     raise ValueError(f'{made} differs from the config: take another workdir')
   tower = dataclasses.asdict(pool.tower)
   for path, content in (
@@ -247,6 +251,10 @@ def _write_config(pool: Pool) -> None:
     (made, asked),
   ):
     checkpoint.write(path, json.dumps(content, indent=2))
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: x for key, x in config.items() if key not in OPEN}
 
 
 def _evaluate(pool: Pool, base: Any, console: Console) -> dict[str, Any]:

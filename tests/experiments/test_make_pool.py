@@ -114,6 +114,8 @@ def test_a_model_that_is_there_is_not_made_again(made, small_pool):
   assert _run(_config(small_pool), workdir) == report
   assert lost.read_bytes() == held
   assert base.stat().st_mtime_ns == before
+  fewer = _run(_config(small_pool, attacks='badnets', scale=0.5), workdir)
+  assert list(fewer['uploads']) == ['badnets_two_0']
   with pytest.raises(ValueError, match='differs from the config'):
     _run(_config(small_pool, seed=1), workdir)
 
