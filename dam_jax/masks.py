@@ -11,28 +11,56 @@ and a `Mask` that says how they become multipliers.
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import math
 
 import jax
+from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from dam_jax.tree import Layout
+from dam_jax.layout import Layout
 
 KINDS = ('expected', 'mode', 'sample')
 """What a mask can be once its logits are learned."""
 
 
-def uniform(key: jax.Array, step: jax.Array, like: jax.Array) -> jax.Array:
+def uniform(
+  key: jax.Array, step: jax.Array, like: jax.Array, layout: Layout
+) -> jax.Array:
   """Draws a step's U[0, 1) like an array.
 
+  An entry of a leaf gets the same number whatever the shards of the layout, and
+  each device draws those of its own alone.
+
   Args:
-    key: of the mask.
+    key: of the mask; of the kind 'threefry2x32' where there are shards.
     step: [] number of the step.
-    like: whose shape and dtype to give.
+    like: `[..., P]`, whose shape and dtype to give.
+    layout: of the raveled pytree.
+
+  Raises:
+    ValueError: where there are shards, and keys or dtypes of another kind.
   """
-  return jax.random.uniform(
-    jax.random.fold_in(key, step), like.shape, like.dtype
-  )
+  key = jax.random.fold_in(key, step)
+  if layout.shards == 1:
+    return jax.random.uniform(key, like.shape, like.dtype)
+  kind = str(jax.random.key_impl(key))
+  if kind != 'threefry2x32' or like.dtype != jnp.float32:
+    raise ValueError(
+      'masks over several shards are drawn from threefry2x32 in float32, got '
+      f'{kind} in {like.dtype.name}'
+    )
+  # What `jax.random.uniform` does to the numbers of all entries, in order.
+  rows, total = like.shape[: like.ndim - 2], layout.num_entries
+  firsts = np.arange(math.prod(rows), dtype=np.uint64) * np.uint64(total)
+  firsts = firsts.reshape(*rows, 1, 1)
+  carry = np.uint32(firsts % 2**32)
+  low = carry + layout.places().reshape(*(1 for _ in rows), *layout.shape)
+  high = np.uint32(firsts >> 32) + (low < carry).astype(jnp.uint32)
+  words = threefry2x32_p.bind(*jax.random.key_data(key), high, low)
+  bits = (words[0] ^ words[1]) >> 9 | np.uint32(0x3F800000)
+  return jax.lax.bitcast_convert_type(bits, jnp.float32) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +75,8 @@ class Mask:
       their length; a number multiplies by it.
     per_task: one mask `[K, P]` for each expert, not one `[P]` for all.
     tx: optax transformation that learns the logits.
-    uniform_fn: `(key, step, like) -> U[0, 1)` like `like`, what the samples
-      are made of.
+    uniform_fn: `(key, step, like, layout) -> U[0, 1)` like `like`, what the
+      samples are made of.
   """
 
   init: float = 0.0
@@ -56,7 +84,9 @@ class Mask:
   rescale: str | float = 'mean'
   per_task: bool = False
   tx: optax.GradientTransformation = optax.adam(1e-3)
-  uniform_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = uniform
+  uniform_fn: Callable[[jax.Array, jax.Array, jax.Array, Layout], jax.Array] = (
+    uniform
+  )
 
   def __post_init__(self):
     if self.temperature is not None and not self.temperature > 0:
@@ -127,8 +157,18 @@ def leaf_means(mask: jax.Array, layout: Layout) -> jax.Array:
     >>> leaf_means(flat.vector, flat.layout).tolist()
     [0.5, 1.0]
   """
-  groups = layout.by_leaf(mask)
-  return jnp.concatenate([jnp.mean(g, axis=-1) for g in groups], axis=-1)
+  if layout.shards == 1:
+    means = [jnp.mean(group, axis=-1) for group in layout.by_leaf(mask)]
+    return jnp.concatenate(means, axis=-1)
+  real = (layout.places() < layout.num_entries).astype(mask.dtype)
+  real = real.reshape(*(1,) * (mask.ndim - 2), *layout.shape)
+  means = [
+    jnp.sum(group, axis=(-3, -1)) / size
+    for group, (size, _) in zip(
+      layout.by_leaf(mask * real), layout.groups, strict=True
+    )
+  ]
+  return jnp.concatenate(means, axis=-1)
 
 
 def value(mask: Mask, logits: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -180,7 +220,8 @@ def leaf_scale(mask: Mask, m: jax.Array, layout: Layout) -> jax.Array:
   if isinstance(mask.rescale, str):
     means = leaf_means(m, layout)
     return 1 / jnp.where(means > 0, means, 1)
-  return jnp.full((*m.shape[:-1], len(layout.names)), mask.rescale, m.dtype)
+  rows = m.shape[: m.ndim - len(layout.shape)]
+  return jnp.full((*rows, len(layout.names)), mask.rescale, m.dtype)
 
 
 def masked_sum(
@@ -211,14 +252,16 @@ def masked_sum(
     scale *= jnp.atleast_2d(leaf_scale(masks[name], m, layout))
     (own if masks[name].per_task else shared).append(m)
   deltas = functools.reduce(jnp.multiply, own, deltas)
-  sums, start = [], 0
+  sums, start, rows = [], 0, layout.shape[:-1]
   for group in layout.by_leaf(deltas):
-    s = scale[:, start : start + group.shape[1], None]
-    start += group.shape[1]
+    s = scale[:, start : start + group.shape[-2]]
+    s = s.reshape(num, *(1 for _ in rows), -1, 1)
+    start += group.shape[-2]
     # A sum over a stacked axis is up to 40 times slower in XLA on a CPU.
     terms = [s[k] * group[k] for k in range(num)]
-    sums.append(functools.reduce(jnp.add, terms).reshape(-1))
-  return functools.reduce(jnp.multiply, shared, jnp.concatenate(sums))
+    sums.append(functools.reduce(jnp.add, terms).reshape(*rows, -1))
+  total = jnp.concatenate(sums, axis=-1)
+  return functools.reduce(jnp.multiply, shared, total)
 
 
 def sparsity(logits: jax.Array, layout: Layout) -> dict[str, jax.Array]:

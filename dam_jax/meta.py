@@ -19,7 +19,7 @@ once to spare every step that copy.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -28,60 +28,12 @@ import optax
 
 from dam_jax import losses
 from dam_jax import masks as masks_lib
-from dam_jax import tree
 from dam_jax.base import Merger
 from dam_jax.meta_spec import MetaSpec
+from dam_jax.meta_state import Draws
+from dam_jax.meta_state import MetaState
+from dam_jax.meta_state import model_of
 from dam_jax.typing import Batch, LogitsFn, Params, PreprocessFn, TaskLogitsFn
-
-
-class MetaState(NamedTuple):
-  """State of a learned merge.
-
-  Attributes:
-    key: of the masks' samples; never changes.
-    count: [] steps taken.
-    finite: [] whether every loss and gradient so far was finite; where one was
-      not, the state stays as it was before that step.
-    coefficients: `[K]` or `[K, leaves]`, in the order of `Layout.names`.
-    inner_state: of the coefficients' inner optimiser.
-    joint_state: of the one that learns them together with the masks.
-    coefficient_state: of the one that learns them after the masks.
-    leak: like the coefficients, the gradient that the last step of the masks
-      left in them.
-    masks: logits `[P]` or `[K, P]` by name.
-    mask_states: their optimisers', by name.
-    adversary: leaves `[restarts, T, ...]`, or None.
-    adversary_state: of its optimiser, leaves `[restarts, ...]`.
-  """
-
-  key: jax.Array
-  count: jax.Array
-  finite: jax.Array
-  coefficients: jax.Array
-  inner_state: Any
-  joint_state: Any
-  coefficient_state: Any
-  leak: jax.Array
-  masks: dict[str, jax.Array]
-  mask_states: dict[str, Any]
-  adversary: Any
-  adversary_state: Any
-
-
-class _Model(NamedTuple):
-  """Base `[P]` and task vectors `[K, P]`, raveled."""
-
-  base: tree.Raveled
-  deltas: jax.Array
-
-
-def _model(base: Any, experts: Any) -> _Model:
-  if not any(isinstance(x, tree.Raveled) for x in (base, experts)):
-    tree.check_stacked(base, experts)
-  flat, stacked = tree.ravel(base), tree.ravel(experts, leading=1)
-  if flat.layout != stacked.layout:
-    raise ValueError('base and experts were raveled from different pytrees')
-  return _Model(flat, stacked.vector - flat.vector[None])
 
 
 def identity(images: jax.Array) -> jax.Array:
@@ -124,17 +76,18 @@ class _Engine:
   preprocess_fn: PreprocessFn
   task_logits_fn: TaskLogitsFn | None
   num_tasks: int | None
+  axis_name: str | None = None
 
   def init(self, key: jax.Array, base: Params, experts: Params) -> MetaState:
     """Returns the state before the first step."""
-    model = _model(base, experts)
+    model = model_of(base, experts)
     r, c = self.spec, self.spec.coefficients
-    num, size = model.deltas.shape
+    num, *shape = model.deltas.shape
     dtype = model.deltas.dtype
     leaves = (len(model.base.layout.names),) if c.granularity == 'leaf' else ()
     coefficients = jnp.full((num, *leaves), c.init, dtype)
     logits = {
-      name: jnp.full((num, size) if m.per_task else size, m.init, dtype)
+      name: jnp.full((num, *shape) if m.per_task else shape, m.init, dtype)
       for name, m in r.masks.items()
     }
     mask_key, adversary_key = jax.random.split(key)
@@ -157,11 +110,12 @@ class _Engine:
       adversary_state=adversary_state,
     )
 
-  def step(self, state, base, experts, batch: Batch):
+  def step(self, state, base, experts, batch: Batch, *, axis_name=None):
     """Returns the state after one step, and what it measured."""
-    r, model = self.spec, _model(base, experts)
-    early = functools.partial(self._mask_stage, model=model, batch=batch)
-    late = functools.partial(self._coefficient_stage, model=model, batch=batch)
+    r, model = self.spec, model_of(base, experts)
+    this = dataclasses.replace(self, axis_name=axis_name)
+    early = functools.partial(this._mask_stage, model=model, batch=batch)
+    late = functools.partial(this._coefficient_stage, model=model, batch=batch)
     end = r.warmup_steps + r.mask_steps
     if not end:
       new, metrics = late(state)
@@ -176,20 +130,24 @@ class _Engine:
 
   def finalize(self, state, base, experts) -> Params:
     """Returns the merged model, like the base."""
-    model, c = _model(base, experts), self.spec.coefficients
+    model, c = model_of(base, experts), self.spec.coefficients
     coefficients = state.coefficients
     if c.inner_tx is not None and not self.spec.coefficient_steps:
       coefficients = jnp.full_like(coefficients, c.init)
-    values = self._final_values(state)
+    values = self._final_values(state, model.base.layout)
     return model.base.unravel(self._combine(model, coefficients, values))
+
+  def _mean(self, x):
+    """Averages over the devices that share a batch, if there are several."""
+    return x if self.axis_name is None else lax.pmean(x, self.axis_name)
 
   # --- masks ---
 
-  def _uniforms(self, state, step):
+  def _uniforms(self, state, step, layout):
     """Draws one uniform a mask and parameter."""
     return {
       name: m.uniform_fn(
-        jax.random.fold_in(state.key, i), step, state.masks[name]
+        jax.random.fold_in(state.key, i), step, state.masks[name], layout
       )
       for i, (name, m) in enumerate(self.spec.masks.items())
     }
@@ -200,9 +158,9 @@ class _Engine:
       for name, m in self.spec.masks.items()
     }
 
-  def _final_values(self, state):
+  def _final_values(self, state, layout):
     r = self.spec
-    uniforms = self._uniforms(state, r.mask_steps)
+    uniforms = self._uniforms(state, r.mask_steps, layout)
     return {
       name: masks_lib.final_value(m, state.masks[name], uniforms[name], r.final)
       for name, m in r.masks.items()
@@ -210,9 +168,11 @@ class _Engine:
 
   # --- the model ---
 
-  def _logits(self, model, theta, pixels):
+  def _forward(self, model, theta):
+    """Returns `pixels -> logits` of the merged model."""
+    params = model.base.unravel(theta)
     # Losses and metrics have the parameters' dtype, whatever the model's.
-    return self.logits_fn(model.base.unravel(theta), pixels).astype(theta.dtype)
+    return lambda pixels: self.logits_fn(params, pixels).astype(theta.dtype)
 
   def _combine(self, model, coefficients, values):
     """Returns `theta_0 + sum_t w_t * (m * tau_t)`, raveled."""
@@ -222,7 +182,7 @@ class _Engine:
 
   def _clean(self, model, theta, images, references):
     """Clean loss `[T]`."""
-    logits = self._logits(model, theta, self.preprocess_fn(images))
+    logits = self._forward(model, theta)(self.preprocess_fn(images))
     return self.spec.clean(logits, references)
 
   # --- phases ---
@@ -239,7 +199,7 @@ class _Engine:
       return jnp.sum(each), each
 
     assert c.inner_tx is not None
-    grad, each = jax.grad(objective, has_aux=True)(at)
+    grad, each = self._mean(jax.grad(objective, has_aux=True)(at))
     grad = grad + state.leak if c.leak else grad
     updates, inner_state = c.inner_tx.update(grad, state.inner_state, start)
     return optax.apply_updates(start, updates), inner_state, each
@@ -264,10 +224,12 @@ class _Engine:
     """Moves the adversary; no gradient in the weights."""
     r, adversary = self.spec, self.spec.adversary
     assert adversary is not None
-    forward = functools.partial(self._logits, model, theta)
+    forward = self._forward(model, theta)
     if warm and self.task_logits_fn is not None:
       forward = self._alone(model)
-    plain = self._combine(model, state.coefficients, {}) if r.shared else None
+    if r.shared:
+      plain = self._combine(model, state.coefficients, {})
+      reference = self._forward(model, plain)
 
     def gain_fn(pixels, images, references, classes):
       clean = self.preprocess_fn(images)
@@ -281,9 +243,9 @@ class _Engine:
       if r.shared:
         apart = losses.unshared_divergence(
           logits,
-          self._logits(model, plain, pixels),
+          reference(pixels),
           labels,
-          jnp.argmax(self._logits(model, plain, clean), axis=-1),
+          jnp.argmax(reference(clean), axis=-1),
         )
         gain = r.shared.untargeted * gain - r.shared.divergence * apart
       fooled = jnp.argmax(logits, axis=-1) != labels
@@ -295,6 +257,7 @@ class _Engine:
       adversary.turns(state.count, warm=warm),
       draws,
       gain_fn,
+      self._mean,
     )
     state = state._replace(adversary=params, adversary_state=opt_state)
     return state, {f'perturbation/{key}': x for key, x in found.items()}
@@ -306,14 +269,18 @@ class _Engine:
     needs_clean = clean or r.shared or r.safety_loss == 'consistency'
     views = [self.preprocess_fn(images)] if needs_clean else []
     if safety and r.adversary is not None:
-      views.append(r.adversary.deal(state.adversary, safe_images, state.count))
+      views.append(
+        r.adversary.deal(
+          state.adversary, safe_images, state.count, self.axis_name
+        )
+      )
     pixels, num = jnp.concatenate(views, axis=1), images.shape[1]
     if r.shared and safety:
       plain = self._combine(model, state.coefficients, {})
-      reference = jnp.argmax(self._logits(model, plain, pixels), axis=-1)
+      reference = jnp.argmax(self._forward(model, plain)(pixels), axis=-1)
 
     def objective(theta):
-      logits = self._logits(model, theta, pixels)
+      logits = self._forward(model, theta)(pixels)
       fixed, perturbed = lax.stop_gradient(logits[:, :num]), logits[:, -num:]
       total, metrics = 0.0, {}
       if clean:
@@ -338,8 +305,9 @@ class _Engine:
 
   def _mask_stage(self, state, *, model, batch: Batch):
     r, c = self.spec, self.spec.coefficients
-    draws = _Draws(batch)
-    uniforms = self._uniforms(state, state.count - r.warmup_steps)
+    draws = Draws(batch)
+    step, layout = state.count - r.warmup_steps, model.base.layout
+    uniforms = self._uniforms(state, step, layout)
     values = self._values(state.masks, uniforms)
     measured = {}
     coefficients, inner_state = state.coefficients, state.inner_state
@@ -409,8 +377,8 @@ class _Engine:
         return outer(self._combine(model, w, values))
 
       moved = {name: state.masks[name] for name in names}
-      grads, each = jax.grad(objective, argnums=(0, 1), has_aux=True)(
-        moved, coefficients
+      grads, each = self._mean(
+        jax.grad(objective, argnums=(0, 1), has_aux=True)(moved, coefficients)
       )
       norm = optax.tree.norm(grads)
       measured.update(each, **{f'{"+".join(names)}/grad_norm': norm})
@@ -435,7 +403,7 @@ class _Engine:
 
   def _coefficient_stage(self, state, *, model, batch: Batch):
     r, c = self.spec, self.spec.coefficients
-    draws, values = _Draws(batch), self._final_values(state)
+    draws, values = Draws(batch), self._final_values(state, model.base.layout)
     measured = {}
     first = state.count == r.warmup_steps + r.mask_steps
     coefficients = state.coefficients
@@ -448,9 +416,11 @@ class _Engine:
     safety = r.coefficient_safety
     own = [draws.one() for _ in range(self.spec.draws(1.0, safety))]
     outer = self._outer(state, model, own, 1.0, safety)
-    grad, each = jax.grad(
-      lambda w: outer(self._combine(model, w, values)), has_aux=True
-    )(coefficients)
+    grad, each = self._mean(
+      jax.grad(lambda w: outer(self._combine(model, w, values)), has_aux=True)(
+        coefficients
+      )
+    )
     if c.leak_last:
       grad = jnp.where(first, grad + state.leak, grad)
     updates, coefficient_state = c.tx.update(
@@ -472,28 +442,6 @@ class _Engine:
     nan |= {name: jnp.full([], jnp.nan, dtype) for name in scalars}
     finite = [jnp.all(jnp.isfinite(x)) for x in measured.values()]
     return {**nan, **measured, 'finite': jnp.all(jnp.stack(finite))}
-
-
-class _Draws:
-  """Hands out a batch's draws of images in order, at trace time."""
-
-  def __init__(self, batch: Batch):
-    self._batch, self._next = batch, 0
-
-  @property
-  def num_tasks(self) -> int:
-    """Number of tasks."""
-    return self._batch.images.shape[1]
-
-  def many(self, num: int) -> Batch:
-    """Returns the next draws, `[num, T, B, ...]`."""
-    at = slice(self._next, self._next + num)
-    self._next += num
-    return jax.tree.map(lambda x: x[at], self._batch)
-
-  def one(self) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the next draw's images and references, `[T, B, ...]`."""
-    return tuple(jax.tree.map(lambda x: x[0], self.many(1)))
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:

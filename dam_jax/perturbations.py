@@ -92,6 +92,7 @@ class Adversary(NamedTuple):
     turns: jax.Array,
     draws: Batch,
     gain_fn: Callable[..., tuple[jax.Array, jax.Array]],
+    mean_fn: Callable[[Any], Any] = lambda x: x,
   ) -> tuple[Any, Any, dict[str, jax.Array]]:
     """Takes one step of ascent a draw of images.
 
@@ -103,6 +104,8 @@ class Adversary(NamedTuple):
       gain_fn: `(pixels, images, references, classes) -> (gain, fooled)`, both
         `[T]`, where the pixels are the perturbed images, and `[T]` classes are
         those to lead to, -1 for none.
+      mean_fn: averages gradients and what was measured over devices that each
+        have a part of the images.
 
     Returns:
       Parameters and states, and of the last draw, as means over those that
@@ -122,7 +125,7 @@ class Adversary(NamedTuple):
         loss = self.price(params).astype(gain.dtype) - jnp.sum(gain)
         return loss, {'loss': -gain, 'fooled': fooled}
 
-      grads, found = jax.grad(objective, has_aux=True)(params)
+      grads, found = mean_fn(jax.grad(objective, has_aux=True)(params))
       found['grad_norm'] = optax.tree.norm(grads)
       updates, state = self.tx.update(grads, state, params)
       return (self.project(optax.apply_updates(params, updates)), state), found
@@ -138,13 +141,20 @@ class Adversary(NamedTuple):
     found = jax.tree.map(lambda x: jnp.mean(x[-1], axis=0), found)
     return params, states, found
 
-  def deal(self, params: Any, images: jax.Array, count: jax.Array) -> jax.Array:
+  def deal(
+    self,
+    params: Any,
+    images: jax.Array,
+    count: jax.Array,
+    axis_name: str | None = None,
+  ) -> jax.Array:
     """Perturbs each image of a batch with one that moves, or a seed.
 
     Args:
       params: of all that move, leaves `[M, T, ...]`.
       images: `[T, B, H, W, C]` in [0, 1].
       count: [] number of the step, from which the dealing goes on.
+      axis_name: of the devices that each have a part of the images, if any.
 
     Returns:
       `[T, B, H, W, C]`, what the model reads.
@@ -152,7 +162,12 @@ class Adversary(NamedTuple):
     if self.seeds is not None:
       params = _joined(params, self.seeds.params)
     num, all_hands = images.shape[1], len(jax.tree.leaves(params)[0])
-    hands = (count * num + jnp.arange(num, dtype=count.dtype)) % all_hands
+    block = count
+    if axis_name is not None:
+      block = count * jax.lax.axis_size(axis_name) + jax.lax.axis_index(
+        axis_name
+      )
+    hands = (block * num + jnp.arange(num, dtype=count.dtype)) % all_hands
 
     def perturb(hand, image):
       own = jax.tree.map(lambda x: x[hand], params)

@@ -22,7 +22,6 @@ vector: their entry is zero, and `apply_delta` copies them from the base.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import itertools
 import math
 import re
 from typing import Any
@@ -32,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dam_jax.layout import Layout
+from dam_jax.layout import Placement
 from dam_jax.typing import Deltas, Params
 
 
@@ -282,7 +283,7 @@ def apply_delta(base: Params, delta: optax.Updates) -> Params:
 
 
 def label_by_path(
-  tree: Any, rules: Sequence[tuple[str, str]], *, default: str | None = None
+  tree: Any, rules: Sequence[tuple[str, Any]], *, default: Any = None
 ) -> Any:
   """Labels every leaf by the first rule that matches its whole path.
 
@@ -319,60 +320,10 @@ def label_by_path(
   return jax.tree.unflatten(jax.tree.structure(tree), labels)
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """Where each leaf of a pytree lies in its raveled vector; hashable.
-
-  Leaves are sorted by size, so that leaves of one size (a transformer's layers)
-  lie side by side and one reshape gives them a common axis.
-
-  Attributes:
-    treedef: the pytree's structure.
-    names: paths of the floating-point leaves, in the vector's order.
-    shapes: their shapes.
-    dtypes: their dtypes.
-    order: their places among the pytree's leaves.
-  """
-
-  treedef: Any
-  names: tuple[str, ...]
-  shapes: tuple[tuple[int, ...], ...]
-  dtypes: tuple[Any, ...]
-  order: tuple[int, ...]
-
-  @property
-  def sizes(self) -> tuple[int, ...]:
-    """Number of entries of each leaf."""
-    return tuple(math.prod(shape) for shape in self.shapes)
-
-  @property
-  def slices(self) -> tuple[slice, ...]:
-    """Each leaf's place in the vector."""
-    ends = list(itertools.accumulate(self.sizes, initial=0))
-    return tuple(itertools.starmap(slice, itertools.pairwise(ends)))
-
-  def by_leaf(self, vector: jax.Array) -> list[jax.Array]:
-    """Splits a raveled vector into groups of leaves of one size.
-
-    Args:
-      vector: `[..., P]`.
-
-    Returns:
-      Arrays `[..., leaves, size]`; their leaves, in order, are all leaves.
-    """
-    same = [(s, len(list(g))) for s, g in itertools.groupby(self.sizes)]
-    widths = [size * num for size, num in same]
-    parts = jax.lax.split(vector, widths, axis=vector.ndim - 1)
-    return [
-      part.reshape(*vector.shape[:-1], num, size)
-      for part, (size, num) in zip(parts, same, strict=True)
-    ]
-
-
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=['vector', 'rest'],
-  meta_fields=['layout'],
+  meta_fields=['layout', 'placement'],
 )
 @dataclasses.dataclass(frozen=True)
 class Raveled:
@@ -383,14 +334,17 @@ class Raveled:
   which on a CPU takes XLA minutes to compile.
 
   Attributes:
-    vector: `[..., P]`, the leaves in C order, the smallest first.
+    vector: `[..., P]`, the leaves in C order, the smallest first; with shards
+      `[..., N, Q]`, see `Layout`.
     rest: the leaves that are not floating point, untouched.
     layout: how to put the pytree together again.
+    placement: where its leaves go when they are; None leaves them.
   """
 
   vector: jax.Array
   rest: tuple[jax.Array, ...]
   layout: Layout
+  placement: Placement | None = None
 
   def unravel(self, vector: jax.Array | None = None) -> Params:
     """Returns the pytree, with `vector` in place of this one if given.
@@ -402,28 +356,45 @@ class Raveled:
       A pytree of the original structure, shapes and dtypes.
     """
     vector = self.vector if vector is None else vector
-    layout = self.layout
+    layout, place = self.layout, self.placement
+    lead = vector.shape[: vector.ndim - len(layout.shape)]
+    vector = vector if place is None else place.vector(vector)
     leaves = list(self.rest)
     # Not slices: the gradient of a split is one concatenation.
-    parts = jax.lax.split(vector, layout.sizes, axis=vector.ndim - 1)
-    pieces = zip(layout.order, parts, layout.shapes, layout.dtypes, strict=True)
-    for i, part, shape, dtype in sorted(pieces, key=lambda piece: piece[0]):
-      leaf = part.reshape(*vector.shape[:-1], *shape)
-      leaves.insert(i, leaf.astype(dtype))
+    parts = jax.lax.split(vector, layout.widths, axis=vector.ndim - 1)
+    pieces = zip(
+      layout.order,
+      layout.names,
+      parts,
+      layout.sizes,
+      layout.shapes,
+      layout.dtypes,
+      strict=True,
+    )
+    for i, name, part, size, shape, dtype in sorted(
+      pieces, key=lambda piece: piece[0]
+    ):
+      part = part.reshape(*lead, -1)[..., :size]
+      leaf = part.reshape(*lead, *shape).astype(dtype)
+      leaves.insert(i, leaf if place is None else place.leaf(name, leaf))
     return jax.tree.unflatten(layout.treedef, leaves)
 
 
-def ravel(tree: Params | Raveled, *, leading: int = 0) -> Raveled:
+def ravel(
+  tree: Params | Raveled, *, leading: int = 0, shards: int = 1
+) -> Raveled:
   """Lays the floating-point leaves of a pytree into one vector.
 
   Args:
     tree: a pytree, or what `ravel` returned, which is passed through: ravel
       once, and every later call costs nothing.
     leading: how many leading axes all leaves share; 1 for stacked experts.
+    shards: rows of the vector, each with an equal part of every leaf; see
+      `Layout`.
 
   Returns:
-    The raveled pytree, its vector `[*leading, P]` in float32, or in float64
-    where a leaf has it.
+    The raveled pytree, its vector `[*leading, P]`, or `[*leading, N, Q]` with
+    several shards, in float32, or in float64 where a leaf has it.
 
   Raises:
     ValueError: where there is no floating-point leaf.
@@ -437,6 +408,44 @@ def ravel(tree: Params | Raveled, *, leading: int = 0) -> Raveled:
   """
   if isinstance(tree, Raveled):
     return tree
+  layout = layout_of(tree, leading=leading, shards=shards)
+  leaves, wide = jax.tree.leaves(tree), layout.dtype
+
+  def part(i, size, width):
+    lead = leaves[i].shape[:leading]
+    x = leaves[i].reshape(*lead, size).astype(wide)
+    if pad := width * shards - size:
+      x = jnp.pad(x, [(0, 0)] * leading + [(0, pad)])
+    return x.reshape(*lead, *layout.shape[:-1], width)
+
+  parts = map(part, layout.order, layout.sizes, layout.widths)
+  vector = jnp.concatenate(list(parts), axis=-1)
+  return Raveled(vector, rest_of(tree), layout)
+
+
+def unravel(tree: Params | Raveled) -> Params:
+  """Returns the pytree of what may be raveled."""
+  return tree.unravel() if isinstance(tree, Raveled) else tree
+
+
+def layout_of(tree: Params, *, leading: int = 0, shards: int = 1) -> Layout:
+  """Says where `ravel` lays the leaves of a pytree.
+
+  Args:
+    tree: a pytree of arrays or `jax.ShapeDtypeStruct`s.
+    leading: how many leading axes all leaves share.
+    shards: rows of the vector.
+
+  Returns:
+    The layout.
+
+  Raises:
+    ValueError: where there is no floating-point leaf.
+
+  Examples:
+    >>> layout_of({'w': jax.ShapeDtypeStruct((3, 5), jnp.float32)}).sizes
+    (15,)
+  """
   leaves, treedef = jax.tree.flatten(tree)
   paths = names(tree)
   shapes = [jnp.shape(x)[leading:] for x in leaves]
@@ -444,21 +453,16 @@ def ravel(tree: Params | Raveled, *, leading: int = 0) -> Raveled:
   if not order:
     raise ValueError('no floating-point parameter to merge')
   order.sort(key=lambda i: math.prod(shapes[i]))
-  dtypes = [jnp.result_type(leaves[i]) for i in order]
-  wide = jnp.float64 if jnp.float64 in dtypes else jnp.float32
-  vector = jnp.concatenate(
-    [
-      leaves[i].reshape(*leaves[i].shape[:leading], -1).astype(wide)
-      for i in order
-    ],
-    axis=-1,
-  )
-  layout = Layout(
+  return Layout(
     treedef=treedef,
     names=tuple(paths[i] for i in order),
     shapes=tuple(shapes[i] for i in order),
-    dtypes=tuple(dtypes),
+    dtypes=tuple(jnp.result_type(leaves[i]) for i in order),
     order=tuple(order),
+    shards=shards,
   )
-  rest = tuple(x for x in leaves if not is_float(x))
-  return Raveled(vector, rest, layout)
+
+
+def rest_of(tree: Params) -> tuple[Any, ...]:
+  """Returns the leaves that are not floating point, which `ravel` leaves."""
+  return tuple(x for x in jax.tree.leaves(tree) if not is_float(x))

@@ -25,10 +25,11 @@ def deviation(hits, probability):
 @pytest.mark.parametrize('logit', [-2.0, 0.0, 0.7])
 def test_sample_exceeds_a_half_with_the_probability_of_one(logit, temperature):
   logits = jnp.full(40_000, logit)
+  layout = tree.ravel(logits).layout
 
   @jax.jit
   def draw(key):
-    uniform = masks.uniform(key, jnp.int32(0), logits)
+    uniform = masks.uniform(key, jnp.int32(0), logits, layout)
     return masks.sample(logits, uniform, temperature)
 
   for seed in range(3):
@@ -78,7 +79,8 @@ def test_gradient_of_sample_is_its_difference_quotient():
 def test_uniform_changes_with_the_step_and_key_and_repeats():
   def draw(seed, step):
     like = jnp.zeros((2, 50))
-    return masks.uniform(jax.random.key(seed), jnp.int32(step), like)
+    layout = tree.ravel(like[0]).layout
+    return masks.uniform(jax.random.key(seed), jnp.int32(step), like, layout)
 
   np.testing.assert_array_equal(draw(0, 3), draw(0, 3))
   assert (draw(0, 3) != draw(0, 4)).all()
@@ -113,6 +115,54 @@ def flat():
   }
   leaves = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), leaves)
   return tree.ravel(leaves, leading=1)
+
+
+@pytest.fixture(params=[2, 3, 8])
+def cut(request, flat):
+  """The same over several shards, none of which divides all leaves."""
+  return tree.ravel(flat.unravel(), leading=1, shards=request.param)
+
+
+def _in_order(vector, layout):
+  """Puts the entries of shards `[..., N, Q]` in order, `[..., P]`."""
+  order = np.argsort(layout.places(), axis=None)[: sum(layout.sizes)]
+  return np.asarray(vector).reshape(*vector.shape[:-2], -1)[..., order]
+
+
+@pytest.mark.parametrize('rows', [(), (K,), (2, K)])
+def test_a_draw_does_not_depend_on_shards(flat, cut, rows):
+  key, step = jax.random.key(3), jnp.int32(7)
+  like = jnp.zeros((*rows, *flat.layout.shape))
+  want = masks.uniform(key, step, like, flat.layout)
+  like = jnp.zeros((*rows, *cut.layout.shape))
+  got = masks.uniform(key, step, like, cut.layout)
+  np.testing.assert_array_equal(_in_order(got, cut.layout), want)
+
+
+def test_a_draw_over_shards_wants_keys_that_are_counted(cut):
+  key, like = jax.random.key(0, impl='rbg'), jnp.zeros(cut.layout.shape)
+  with pytest.raises(ValueError, match='threefry2x32 in float32, got rbg'):
+    masks.uniform(key, jnp.int32(0), like, cut.layout)
+
+
+def test_shards_keep_means_and_sums(flat, cut):
+  np.testing.assert_array_equal(_in_order(cut.vector, cut.layout), flat.vector)
+  np.testing.assert_allclose(
+    masks.leaf_means(cut.vector, cut.layout),
+    masks.leaf_means(flat.vector, flat.layout),
+    rtol=1e-5,
+    atol=1e-7,
+  )
+  kinds = {'own': masks.Mask(per_task=True), 'shared': masks.Mask(rescale=2.0)}
+  coefficients = jnp.asarray([[0.1, 0.2, 0.3], [1, 2, 3], [-1, 0, 1]])
+
+  def total(x):
+    values = {'own': jnp.abs(x.vector), 'shared': jnp.abs(x.vector[0])}
+    return masks.masked_sum(x.vector, x.layout, coefficients, kinds, values)
+
+  np.testing.assert_allclose(
+    _in_order(total(cut), cut.layout), total(flat), rtol=1e-5, atol=1e-6
+  )
 
 
 def test_leaf_means_and_sparsity(flat):

@@ -104,6 +104,28 @@ def test_stacked_models_ravel_like_one(model):
   assert_same(flat.unravel(), tree.stack(models))
 
 
+@hypothesis.given(MODELS, st.integers(2, 9))
+def test_shards_hold_an_equal_part_of_every_leaf(model, shards):
+  models = tree.stack([another(model, k) for k in (1, 2)])
+  flat = tree.ravel(models, leading=1, shards=shards)
+  layout = flat.layout
+  assert flat.vector.shape == (2, shards, sum(layout.widths))
+  assert_same(flat.unravel(), models)
+  whole = tree.ravel(models, leading=1).vector
+  padded = jnp.pad(whole, ((0, 0), (0, 1)))
+  np.testing.assert_array_equal(padded[:, layout.places()], flat.vector)
+  for group, (name, at) in zip(
+    [
+      g[..., i, :]
+      for g in layout.by_leaf(flat.vector)
+      for i in range(g.shape[-2])
+    ],
+    zip(layout.names, layout.slices, strict=True),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(group, flat.vector[..., at], name)
+
+
 @hypothesis.given(MODELS)
 def test_groups_by_leaf_are_the_leaves_in_order(model):
   flat = tree.ravel(model)

@@ -332,7 +332,7 @@ def _events(file, method, granularity, o, inputs, jit, unread):
       init=o['initial_logits'],
       temperature=o['temperature'],
       tx=optax.adam(o['lr']),
-      uniform_fn=lambda key, step, like: uniform[step],
+      uniform_fn=lambda key, step, like, layout: uniform[step],
     )
   experts = file.arrays['merge_params'][None] if post else inputs.experts
   base, experts = jit(

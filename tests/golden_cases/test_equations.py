@@ -266,7 +266,7 @@ def _bilevel_merger(o, granularity, noise, *, dam):
     'mask': dj.masks.Mask(
       temperature=o['temperature'],
       tx=optax.adam(o['mask']),
-      uniform_fn=lambda key, step, like: noise[step],
+      uniform_fn=lambda key, step, like, layout: noise[step],
     ),
     'tx': optax.adam(o['last']),
     'steps': 2,
