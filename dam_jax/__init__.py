@@ -14,6 +14,7 @@ from dam_jax import masks
 from dam_jax import perturbations
 from dam_jax import pruning
 from dam_jax import selection
+from dam_jax import sharding
 from dam_jax import spectral
 from dam_jax import statistics
 from dam_jax import streaming
@@ -40,6 +41,9 @@ from dam_jax.learned import dam
 from dam_jax.learned import dam_paper
 from dam_jax.learned import dam_released
 from dam_jax.learned import dam_robust
+from dam_jax.parallel import data_parallel
+from dam_jax.parallel import pmap_form
+from dam_jax.parallel import split_batch
 from dam_jax.recipes import average
 from dam_jax.recipes import breadcrumbs
 from dam_jax.recipes import consensus
@@ -85,6 +89,7 @@ __all__ = [
   'dam_released',
   'dam_robust',
   'dare',
+  'data_parallel',
   'della',
   'emr',
   'fisher',
@@ -105,6 +110,7 @@ __all__ = [
   'nuslerp',
   'pcb',
   'perturbations',
+  'pmap_form',
   'pruning',
   'regmean',
   'regmean_plus_plus',
@@ -114,8 +120,10 @@ __all__ = [
   'scan_steps',
   'sce',
   'selection',
+  'sharding',
   'slerp',
   'spectral',
+  'split_batch',
   'statistics',
   'streaming',
   'task_arithmetic',

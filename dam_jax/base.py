@@ -79,13 +79,14 @@ class Merger(NamedTuple):
       donated state never deletes the caller's arrays. Base and experts are
       pytrees, or both raveled by `dam_jax.tree.ravel`.
     step: `(state, base, experts, batch) -> (state, metrics)`; types and shapes
-      of the state never change.
+      of the state never change. Those of learned merges take an `axis_name`,
+      over whose devices a batch is split.
     finalize: `(state, base, experts) -> params`.
     plan: what the steps read.
   """
 
   init: Callable[[jax.Array, Any, Any], Any]
-  step: Callable[[Any, Any, Any, Batch], tuple[Any, Metrics]]
+  step: Callable[..., tuple[Any, Metrics]]
   finalize: Callable[[Any, Any, Any], Params]
   plan: Plan = Plan()
 

@@ -39,10 +39,6 @@ from dam_jax.typing import (
 )
 
 
-def _unravel(params: Any) -> Params:
-  return params.unravel() if isinstance(params, tree.Raveled) else params
-
-
 def _images(experts: Params, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
   """Returns one image a task, as accumulators need to know it."""
   leaves = jax.tree.leaves(experts)
@@ -123,12 +119,12 @@ def fisher(
 
   def init_fn(key, base, experts):
     del base
-    return accumulator.init(key, _unravel(experts), None)
+    return accumulator.init(key, tree.unravel(experts), None)
 
   def step_fn(state, base, experts, batch: Batch):
     del base
     images, references = jax.tree.map(lambda x: x[0], batch)
-    new = accumulator.update(state, _unravel(experts), images, references)
+    new = accumulator.update(state, tree.unravel(experts), images, references)
     traces = [
       jnp.sum(x, axis=tuple(range(1, x.ndim)))
       for x in jax.tree.leaves(accumulator.finalize(new))
@@ -139,7 +135,7 @@ def fisher(
     tx = weighted.precision_weighted(
       accumulator.finalize(state), epsilon=epsilon, normalize=normalize
     )
-    return merge(tx, _unravel(base), _unravel(experts)).params
+    return merge(tx, tree.unravel(base), tree.unravel(experts)).params
 
   plan = Plan(steps=steps, phases=1, references=labels == 'true')
   return Merger(init_fn, step_fn, finalize_fn, plan)
@@ -196,17 +192,17 @@ def regmean(
 
   def init_fn(key, base, experts):
     del base
-    experts = _unravel(experts)
+    experts = tree.unravel(experts)
     return accumulator.init(key, experts, _images(experts, image_shape))
 
   def step_fn(state, base, experts, batch: Batch):
     del base
-    new = accumulator.update(state, _unravel(experts), batch.images[0])
+    new = accumulator.update(state, tree.unravel(experts), batch.images[0])
     return _checked('grams', state, new, _traces(accumulator.finalize(new)))
 
   def finalize_fn(state, base, experts):
     tx = weighted.gram_weighted(accumulator.finalize(state), scale=scale)
-    return merge(tx, _unravel(base), _unravel(experts)).params
+    return merge(tx, tree.unravel(base), tree.unravel(experts)).params
 
   return Merger(init_fn, step_fn, finalize_fn, Plan(steps=steps, phases=1))
 
@@ -294,7 +290,7 @@ class _Levels:
 
   def init(self, key: jax.Array, base: Any, experts: Any) -> LevelsState:
     """Returns the state before the first step."""
-    base, experts = _unravel(base), _unravel(experts)
+    base, experts = tree.unravel(base), tree.unravel(experts)
     mean = merge(aggregators.mean(), base, experts).params
     merged, levels = tree.flatten(jax.tree.map(jnp.copy, mean)), self._of(base)
     count = jnp.zeros([], jnp.int32)
@@ -306,7 +302,7 @@ class _Levels:
 
   def step(self, state: LevelsState, base, experts, batch: Batch):
     """Returns the state after one step, and what it measured."""
-    base, experts = _unravel(base), _unravel(experts)
+    base, experts = tree.unravel(base), tree.unravel(experts)
     level, levels = state.count // self.steps, self._of(base)
     grams = self._grams(state.merged, level, levels).update(
       state.grams, experts, batch.images[0]
@@ -334,7 +330,7 @@ class _Levels:
   def finalize(self, state: LevelsState, base, experts) -> Params:
     """Returns the merged model, like the base."""
     del experts
-    base = _unravel(base)
+    base = tree.unravel(base)
     leaves = [state.merged[path] for path in tree.names(base)]
     return jax.tree.unflatten(jax.tree.structure(base), leaves)
 

@@ -20,6 +20,7 @@ MODULES = sorted(PACKAGE.rglob('*.py'))
 # A module imports from layers above its own only.
 LAYERS = (
   ('typing',),
+  ('layout',),
   ('tree',),
   ('base',),
   ('selection',),
@@ -33,7 +34,7 @@ LAYERS = (
   ),
   ('aggregators', 'attacks', 'audit', 'localization', 'pruning'),
   ('competition', 'geometry', 'weighted'),
-  ('meta_spec',),
+  ('meta_spec', 'meta_state'),
   ('meta',),
   ('defences', 'informed', 'learned', 'recipes', 'spectral'),
   ('catalogue',),
@@ -45,7 +46,8 @@ BESIDE = {
   'metric_writer': ('typing', 'tree', 'base'),
   'blocks': ('typing',),
   'streaming': ('typing', 'tree', 'base', 'blocks'),
-  'sharding': ('typing', 'tree', 'base'),
+  'sharding': ('typing', 'tree'),
+  'parallel': ('typing', 'layout', 'tree', 'base', 'sharding'),
 }
 NOT_IN_CORE = {'flax', 'grain', 'orbax', 'tensorflow', 'tensorflow_datasets'}
 

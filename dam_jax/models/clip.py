@@ -421,10 +421,12 @@ def zero_shot(
   """
 
   def logits_fn(params, images):
-    flat = images.reshape(-1, *images.shape[2:])
-    features = unit(features_fn(params, flat)).reshape(*images.shape[:2], -1)
+    # Images come before tasks: where devices split them, each keeps its own.
+    first = jnp.swapaxes(images, 0, 1)
+    flat = first.reshape(-1, *images.shape[2:])
+    features = unit(features_fn(params, flat)).reshape(*first.shape[:2], -1)
     cosines = jnp.einsum(
-      'tbd,tdl->tbl', features, heads.weights.astype(features.dtype)
+      'btd,tdl->tbl', features, heads.weights.astype(features.dtype)
     )
     return jnp.where(heads.mask[:, None], heads.scale * cosines, MASKED_LOGIT)
 
