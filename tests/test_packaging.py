@@ -47,6 +47,7 @@ BESIDE = {
   'blocks': ('typing',),
   'streaming': ('typing', 'tree', 'base', 'blocks'),
   'sharding': ('typing', 'tree'),
+  'distributed': ('typing',),
   'parallel': ('typing', 'layout', 'tree', 'base', 'sharding'),
 }
 NOT_IN_CORE = {'flax', 'grain', 'orbax', 'tensorflow', 'tensorflow_datasets'}

@@ -1,0 +1,161 @@
+"""Many hosts: joining them, feeding each its images, seeing that they agree.
+
+Every host runs the same program on the same inputs. `initialize` joins them
+before JAX looks at a device; `local_images` says which of a step's images a
+host reads, `global_batch` makes one batch of what all have read, and
+`check_agreement` stops a run whose hosts were given different things.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+
+from dam_jax.typing import Batch
+
+VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+"""Environment variables that `initialize` reads."""
+
+
+def initialize(
+  coordinator: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> bool:
+  """Joins the processes of a run, where there are several.
+
+  Args:
+    coordinator: 'host:port' of process 0; 'auto' has JAX find all three by
+      itself, as it can on Cloud TPU, SLURM, Kubernetes and Open MPI. None reads
+      `VARIABLES`.
+    num_processes: of the run; likewise.
+    process_id: of this one, from 0; likewise.
+
+  Returns:
+    Whether there is anything to join: False where nothing was given.
+
+  Raises:
+    ValueError: where only some of the three are given, or make no sense.
+  """
+  if coordinator == 'auto':
+    jax.distributed.initialize()
+    return True
+  given = (coordinator, num_processes, process_id)
+  address, *counts = (
+    os.environ.get(name) if x is None else str(x)
+    for name, x in zip(VARIABLES, given, strict=True)
+  )
+  if address is None and counts == [None, None]:
+    return False
+  num, own = (int(x) if x and x.isdigit() else -1 for x in counts)
+  if address is None or not 0 <= own < num:
+    found = zip(VARIABLES, (address, *counts), strict=True)
+    raise ValueError(
+      'processes that join need an address, their number, and each its own '
+      f'from 0, got {", ".join(f"{name}={x}" for name, x in found)}'
+    )
+  jax.distributed.initialize(address, num, own)
+  return True
+
+
+def is_first() -> bool:
+  """Whether this process is the one that writes what is not written by all."""
+  return jax.process_index() == 0
+
+
+def check_agreement(facts: Mapping[str, Any]) -> None:
+  """Raises on every process unless all of them were given the same.
+
+  Args:
+    facts: what must agree, by name: a config, versions, hashes of files;
+      anything that JSON can hold.
+
+  Raises:
+    ValueError: naming all facts that differ, and the processes that depart
+      from the first.
+  """
+  digests = [
+    np.frombuffer(
+      hashlib.sha256(json.dumps(x, sort_keys=True).encode()).digest(), np.uint8
+    )
+    for x in facts.values()
+  ]
+  if jax.process_count() == 1:
+    return
+  names = np.frombuffer(hashlib.sha256(' '.join(facts).encode()).digest(), 'u1')
+  _compare({'names of facts': names})
+  _compare(dict(zip(facts, digests, strict=True)))
+
+
+def _compare(digests: Mapping[str, np.ndarray]) -> None:
+  everywhere = multihost_utils.process_allgather(np.stack([*digests.values()]))
+  lines = []
+  for i, name in enumerate(digests):
+    differ = (everywhere[:, i] != everywhere[0, i]).any(axis=-1)
+    if differ.any():
+      found = ', '.join(map(str, np.flatnonzero(differ)))
+      lines.append(f'{name}: not that of process 0 on {found}')
+  if lines:
+    raise ValueError('\n  '.join(['processes do not agree:', *lines]))
+
+
+def local_images(mesh: Mesh, num: int) -> slice:
+  """Says which images of a step this process reads.
+
+  Args:
+    mesh: of `dam_jax.sharding.make_mesh`.
+    num: of images a task and draw on all processes, `B`.
+
+  Returns:
+    Their places: no process reads another's, unless devices of both share them
+    over axis 'model'.
+
+  Raises:
+    ValueError: where images do not divide over axis 'data'.
+
+  Examples:
+    >>> local_images(dj.sharding.make_mesh(), 16)
+    slice(0, 16, None)
+  """
+  size = mesh.shape['data']
+  if num % size:
+    raise ValueError(
+      f"{num} images do not divide over the {size} devices of axis 'data'"
+    )
+  places = NamedSharding(mesh, P('data')).addressable_devices_indices_map(
+    (num,)
+  )
+  spans = [index[0].indices(num) for index in places.values() if index]
+  first, last = min(s[0] for s in spans), max(s[1] for s in spans)
+  return slice(first, last)
+
+
+def global_batch(local: Batch, mesh: Mesh) -> Batch:
+  """Makes one batch of what the processes have read.
+
+  Args:
+    local: leaves `[S, T, b, ...]`, the images of `local_images`.
+    mesh: of the devices.
+
+  Returns:
+    Leaves `[S, T, B, ...]`, split over axis 'data'.
+
+  Examples:
+    >>> local = dj.Batch(np.ones((1, 2, 16, 4, 4, 3), np.float32))
+    >>> batch = global_batch(local, dj.sharding.make_mesh())
+    >>> batch.images.addressable_shards[0].data.shape
+    (1, 2, 2, 4, 4, 3)
+  """
+  sharding = NamedSharding(mesh, P(None, None, 'data'))
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+    local,
+  )
