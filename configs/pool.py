@@ -129,5 +129,8 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.transfer_test = 20 if local else 50
   c.test_batch = 50
   c.audit = not local
+  c.max_lost = 50
+  c.keep_last = 1
+  c.keep_every = 0
   c.seed = 0
   return c

@@ -66,5 +66,8 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.transfer_test = 40 if local else 300
   c.test_batch = 250
   c.audit = False
+  c.max_lost = 50
+  c.keep_last = 1
+  c.keep_every = 0
   c.seed = 0
   return c

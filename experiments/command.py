@@ -15,6 +15,8 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.text import Text
 
+from experiments import preemption
+
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 _WORKDIR = flags.DEFINE_string(
   'workdir', '', "where to write; empty is runs/<config's name>-<time>"
@@ -43,7 +45,8 @@ def start(run: Run, example: str) -> None:
   """Reads the flags and runs.
 
   Args:
-    run: raises ValueError or FloatingPointError for what a user can mend.
+    run: raises ValueError, FloatingPointError or OSError for what a user can
+      mend.
     example: of a config.
   """
 
@@ -63,9 +66,13 @@ def start(run: Run, example: str) -> None:
     console.print(
       f'workdir: {workdir} (pass --workdir={workdir} to go on in it)'
     )
+    preemption.exit_at_once()
     try:
       run(_CONFIG.value, workdir, console)
-    except (ValueError, FloatingPointError) as e:
+    except preemption.Preempted as e:
+      console.print(f'{e}: start again with this workdir to go on')
+      raise
+    except (ValueError, FloatingPointError, OSError) as e:
       logging.debug('', exc_info=True)
       message = Text.assemble(('error: ', 'bold red'), str(e))
       console.print(message, highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
 """Runs a learned merge: many steps a dispatch, watched and resumable."""
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import pathlib
-import shutil
 import time
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.data import pipeline
 from dam_jax.metric_writer import MetricWriter
+from experiments import preemption
 
 
 class Learned(NamedTuple):
@@ -135,7 +136,8 @@ def learn(
   batch: int,
   seed: int,
   folder: pathlib.Path,
-  save_seconds: float = 60.0,
+  max_lost: int = 50,
+  keep: checkpoint.Keep = checkpoint.Keep(),
   advance: Callable[[int], None] = lambda steps: None,
 ) -> Learned:
   """Takes all steps of a merger.
@@ -151,17 +153,20 @@ def learn(
     tasks: their names.
     batch: images a task and draw.
     seed: of the masks' samples, and of the order of images.
-    folder: for `curves/<name>.csv`, and states in `states/<name>`: a run that
+    folder: for `curves/<name>.csv`, and saves in `states/<name>`: a run that
       finds one there goes on from it.
-    save_seconds: between two states.
+    max_lost: steps that a kill may lose. There are two saves in as many, for
+      one of them may be under way.
+    keep: which saves stay.
     advance: told how many steps are done after each dispatch.
 
   Returns:
     The merged model and what was measured on the way.
 
   Raises:
-    FloatingPointError: where a loss or gradient is not finite; the state
-      before that step stays in `folder`.
+    FloatingPointError: where a loss or gradient is not finite; the newest save
+      is of a step before it.
+    Preempted: where SIGTERM came, once what was learned is saved.
   """
   plan, chunk = merger.plan, program.chunk
   data = _read(plan, data)
@@ -175,60 +180,36 @@ def learn(
 
   state = merger.init(jax.random.key(seed), base, experts)
   seconds = {'compile': program.seconds}
-  saves = _Saves(folder / 'states' / name)
-  first, state, parts = saves.restore(state)
-  advance(first)
-  begin = saved = time.perf_counter()
-  with MetricWriter(folder / 'curves' / f'{name}.csv') as writer:
-    if parts:
-      writer.write(0, _by_task(parts[0], tasks))
+  first, parts, every = 0, [], max(1, max_lost // 2)
+  with contextlib.ExitStack() as stack:
+    saves = checkpoint.Saves(folder / 'states' / name, keep=keep)
+    stack.enter_context(saves)
+    watch = stack.enter_context(preemption.Watch())
+    curves = folder / 'curves' / f'{name}.csv'
+    writer = stack.enter_context(MetricWriter(curves))
+    if (save := saves.restore(state)) is not None:
+      first, state, parts = save.step, save.state, [dict(save.metrics)]
+      writer.write(0, _by_task(save.metrics, tasks))
+    advance(first)
+    begin = time.perf_counter()
     for start in range(first, plan.steps, chunk):
       state, metrics = program.run(state, base, experts, data, indices(start))
       metrics = {key: np.asarray(x) for key, x in metrics.items()}
       writer.write(start, _by_task(metrics, tasks))
       parts.append(metrics)
+      if not metrics['finite'].all():
+        raise FloatingPointError(_blame(name, _joined(parts), tasks))
+      done = start + chunk
+      asked = watch.asked(done)
+      if asked or done // every > start // every:
+        saves.save(done, state, _joined(parts))
+      if asked:
+        saves.wait()
+        raise preemption.Preempted(f'{name}: asked to stop after step {done}')
       advance(chunk)
-      bad = not metrics['finite'].all()
-      if bad or time.perf_counter() - saved > save_seconds:
-        saves.save(start + chunk, state, _joined(parts))
-        saved = time.perf_counter()
-      if bad:
-        _stop(name, _joined(parts), saves.folder)
   seconds['step'] = (time.perf_counter() - begin) / max(1, plan.steps - first)
   params = merger.finalize(state, base, experts)
   return Learned(params, state, _joined(parts), seconds)
-
-
-class _Saves:
-  """The newest state of a run on disk, and what was measured until then."""
-
-  def __init__(self, folder: pathlib.Path):
-    self.folder = folder
-
-  def save(self, step: int, state: Any, metrics: dict[str, Any]):
-    """Writes the new state in full before it deletes the old one."""
-    old = self._steps()
-    path = self.folder / f'{step}.npz'
-    with checkpoint.replacing(path) as temporary, temporary.open('wb') as file:
-      np.savez(file, **metrics)
-    checkpoint.save_state(self.folder / str(step), state)
-    for earlier in old:
-      if earlier != step:
-        shutil.rmtree(self.folder / str(earlier))
-        (self.folder / f'{earlier}.npz').unlink()
-
-  def restore(self, state: Any) -> tuple[int, Any, list[dict]]:
-    """Returns the step to go on from, its state, and earlier metrics."""
-    steps = self._steps()
-    if not steps:
-      return 0, state, []
-    step = max(steps)
-    state = checkpoint.restore_state(self.folder / str(step), state)
-    with np.load(self.folder / f'{step}.npz', allow_pickle=False) as file:
-      return step, state, [dict(file)]
-
-  def _steps(self) -> list[int]:
-    return [int(p.name) for p in self.folder.glob('*') if p.name.isdigit()]
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -246,22 +227,30 @@ def _by_task(metrics, tasks):
   return out
 
 
-def _stop(name: str, metrics: dict[str, np.ndarray], folder: pathlib.Path):
-  """Says at which step and in which phase a loss or gradient broke."""
+def _blame(
+  name: str, metrics: dict[str, np.ndarray], tasks: Sequence[str]
+) -> str:
+  """Says at which step, in which phase and on which tasks a loss broke."""
   at = int(np.argmin(metrics['finite']))
-  bad = {key: ~np.isfinite(_flat(x[at])) for key, x in metrics.items()}
+  bad = {key: ~np.isfinite(_float(x[at])) for key, x in metrics.items()}
   if at:
     # A step without a phase measures NaN there, and is not to blame for it.
     bad = {
-      key: x & np.isfinite(_flat(metrics[key][at - 1]))
+      key: x & np.isfinite(_float(metrics[key][at - 1]))
       for key, x in bad.items()
     }
   phases = sorted({key.split('/')[0] for key, x in bad.items() if x.any()})
-  raise FloatingPointError(
+  found = [
+    task
+    for t, task in enumerate(tasks)
+    if any(x[t] for x in bad.values() if x.ndim)
+  ]
+  return (
     f'{name}: a loss or gradient is not finite at step {at}, phase '
-    f'{" or ".join(phases) or "unknown"}; the last good state is in {folder}'
+    f'{" or ".join(phases) or "unknown"}, task '
+    f'{" or ".join(found) or "unknown"}; saves are of steps before it'
   )
 
 
-def _flat(x):
-  return np.ravel(x).astype(float)
+def _float(x):
+  return np.asarray(x).astype(float)

@@ -47,6 +47,9 @@ KEYS = {
   'test_batch': 'images a forward pass when testing',
   'audit': 'search triggers on each expert alone first, for the report and for '
   'dam_robust to start from',
+  'max_lost': 'steps of a learned method that a kill may lose',
+  'keep_last': 'saves of each, the newest ones',
+  'keep_every': 'keep saves of steps that it divides too; 0 keeps none',
   'seed': 'of everything random',
 }
 """What a config says."""
@@ -134,12 +137,12 @@ def check_config(config: config_dict.ConfigDict) -> None:
       )
     lines += [
       f'{key} must not be negative, got {config[key]}'
-      for key in ('dev', 'test', 'transfer_test', 'steps', 'seed')
+      for key in ('dev', 'test', 'transfer_test', 'steps', 'keep_every', 'seed')
       if config[key] < 0
     ]
     lines += [
       f'{key} must be positive, got {config[key]}'
-      for key in ('batch', 'test_batch')
+      for key in ('batch', 'test_batch', 'max_lost', 'keep_last')
       if config[key] < 1
     ]
   settings.raise_if(lines)

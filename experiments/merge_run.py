@@ -208,6 +208,7 @@ class Run:
           data=self.data,
           batch=self.options[name]['batch'],
           compiler_options=self.config.compiler_options,
+          max_chunk=min(10, max(1, self.config.max_lost // 2)),
         )
 
   def merge(self, name: str, advance: Advance) -> tuple[Any, dict[str, float]]:
@@ -235,6 +236,10 @@ class Run:
         batch=self.options[name]['batch'],
         seed=self.config.seed,
         folder=self.workdir,
+        max_lost=self.config.max_lost,
+        keep=checkpoint.Keep(
+          last=self.config.keep_last, every=self.config.keep_every or None
+        ),
         advance=advance,
       )
       params, seconds = learned.params, learned.seconds

@@ -29,6 +29,9 @@ from dam_jax.checkpoint.record import file_hash
 from dam_jax.checkpoint.record import model_hashes
 from dam_jax.checkpoint.record import versions
 from dam_jax.checkpoint.rows import fit_rows
+from dam_jax.checkpoint.saves import Keep
+from dam_jax.checkpoint.saves import Save
+from dam_jax.checkpoint.saves import Saves
 from dam_jax.checkpoint.state import restore_state
 from dam_jax.checkpoint.state import save_state
 from dam_jax.checkpoint.tensors import load_abstract
@@ -45,11 +48,14 @@ __all__ = [
   'PATHS',
   'Factors',
   'Full',
+  'Keep',
   'Lora',
   'MergeRecord',
   'Model',
   'ModelWriter',
   'NameMap',
+  'Save',
+  'Saves',
   'combined_hash',
   'concat',
   'expand',

@@ -26,7 +26,8 @@ def _is_key(x: Any) -> bool:
   )
 
 
-def _key_data(state: Any) -> Any:
+def key_data(state: Any) -> Any:
+  """Returns a state whose typed PRNG keys are their data."""
   return jax.tree.map(
     lambda x: jax.random.key_data(x) if _is_key(x) else x, state
   )
@@ -41,7 +42,7 @@ def save_state(path: epath.PathLike, state: Any) -> None:
   """
   from orbax.checkpoint import v1 as ocp  # slow to import, rarely needed
 
-  ocp.save(epath.Path(path).resolve(), _key_data(state), overwrite=True)
+  ocp.save(epath.Path(path).resolve(), key_data(state), overwrite=True)
 
 
 def restore_state(path: epath.PathLike, like: Any) -> Any:
@@ -63,7 +64,19 @@ def restore_state(path: epath.PathLike, like: Any) -> Any:
   path = epath.Path(path).resolve()
   if not path.exists():
     raise ValueError(f'{path}: no such state')
-  data = ocp.load(path, _key_data(like))
+  return wrap_keys(like, ocp.load(path, key_data(like)))
+
+
+def wrap_keys(like: Any, data: Any) -> Any:
+  """Makes keys of what `key_data` made data.
+
+  Args:
+    like: a state whose typed PRNG keys are arrays.
+    data: of the same structure.
+
+  Returns:
+    The state.
+  """
   return jax.tree.map(
     lambda old, new: (
       jax.random.wrap_key_data(new, impl=jax.random.key_impl(old))

@@ -197,7 +197,7 @@ def test_an_interrupted_merge_ends_where_an_unbroken_one_does(
       batch=4,
       seed=0,
       folder=folder,
-      save_seconds=0,
+      max_lost=1,
       **options,
     )
 
@@ -260,9 +260,10 @@ def test_true_labels_are_refused_where_there_are_none(small_pool, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(small_pool, tmp_path):
   config = _config(small_pool, methods='adamerging_task_wise')
   config.options.adamerging_task_wise.init = 1e30
-  with pytest.raises(FloatingPointError, match=r'step 0, phase coefficients'):
+  match = 'step 0, phase coefficients, task one or three or two; saves are'
+  with pytest.raises(FloatingPointError, match=match):
     _run(config, tmp_path)
-  assert list((tmp_path / 'states' / 'adamerging_task_wise').iterdir())
+  assert not list((tmp_path / 'states' / 'adamerging_task_wise').iterdir())
   assert not (tmp_path / 'results' / 'adamerging_task_wise.json').exists()
 
 
