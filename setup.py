@@ -40,6 +40,8 @@ EXPERIMENTS = [
   'pillow>=10.3',
   'scikit-learn>=1.5',
 ]
+# The compiler of `python -m experiments.aot`; pip picks the one of this jax.
+AOT = ['jax[tpu]>=0.8.0']
 # Install a torch for your device first: pip's own for Linux brings CUDA.
 BENCH = [
   'fusion-bench==0.2.33',
@@ -82,6 +84,7 @@ setup(
   extras_require={
     'data': DATA,
     'experiments': EXPERIMENTS,
+    'aot': AOT,
     'bench': BENCH,
     'test': unique(TEST),
     'all': unique(DATA, EXPERIMENTS, TEST),

@@ -154,10 +154,25 @@ def _splits(layout: Layout, rules: Rules | None, mesh: Mesh):
   return tuple(tree.flatten(sharding.specs(leaves, rules, mesh)).items())
 
 
+def state_spec(x: Any, layout: Layout, mesh: Mesh) -> P:
+  """Says how `data_parallel` splits an array of a state, or a raveled model.
+
+  Args:
+    x: array or `jax.ShapeDtypeStruct`.
+    layout: of the raveled models.
+    mesh: of the devices.
+
+  Returns:
+    Its rows over all devices, where it has one for each entry of a model; a
+    copy on each device otherwise.
+  """
+  if layout.shards > 1 and x.shape[-2:] == layout.shape:
+    return sharding.row_spec(x.ndim, mesh)
+  return P()
+
+
 def _spread(x: jax.Array, layout: Layout, mesh: Mesh) -> jax.Array:
-  """Splits what is raveled over all devices, and copies the rest to each."""
-  rows = layout.shards > 1 and x.shape[-2:] == layout.shape
-  return _constrain(x, mesh, sharding.row_spec(x.ndim, mesh) if rows else P())
+  return _constrain(x, mesh, state_spec(x, layout, mesh))
 
 
 def _split_images(x: jax.Array, mesh: Mesh) -> jax.Array:
