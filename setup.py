@@ -53,6 +53,8 @@ BENCH = [
 TEST = [
   *DATA,
   *EXPERIMENTS,
+  'dm-haiku>=0.0.14',  # examples of docs/compose.md
+  'equinox>=0.13',
   'hypothesis>=6.100.0',
   'pyrefly==1.4.*',
   'pytest-xdist>=3.6',
