@@ -98,6 +98,30 @@ class Layout:
       for part, (size, num) in zip(parts, self.groups, strict=True)
     ]
 
+  def resplit(self, vector: jax.Array, shards: int) -> jax.Array:
+    """Lays a raveled vector over another number of shards.
+
+    Args:
+      vector: `[..., P]`, or `[..., N, Q]`.
+      shards: rows of the result.
+
+    Returns:
+      The same entries, as this layout with so many shards has them.
+    """
+    new = dataclasses.replace(self, shards=shards)
+    lead = vector.shape[: vector.ndim - len(self.shape)]
+    parts = []
+    for part, size, width in zip(
+      jax.lax.split(vector, self.widths, axis=vector.ndim - 1),
+      self.sizes,
+      new.widths,
+      strict=True,
+    ):
+      x = part.reshape(*lead, -1)[..., :size]
+      pad = [(0, 0)] * len(lead) + [(0, width * shards - size)]
+      parts.append(jnp.pad(x, pad).reshape(*lead, *new.shape[:-1], width))
+    return jnp.concatenate(parts, axis=-1)
+
   def places(self) -> jax.Array:
     """Returns where each entry of the vector lies without shards.
 

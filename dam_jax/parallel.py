@@ -175,6 +175,72 @@ def _spread(x: jax.Array, layout: Layout, mesh: Mesh) -> jax.Array:
   return _constrain(x, mesh, state_spec(x, layout, mesh))
 
 
+def restore(saves: Any, like: Any, layout: Layout, mesh: Mesh) -> Any:
+  """Reads the newest save of a merge, which may be of another mesh.
+
+  Args:
+    saves: a `dam_jax.checkpoint.Saves`.
+    like: a state of this run, from `init`.
+    layout: of the models that it was made from, as `sharding.place` ravels
+      them.
+    mesh: of the devices.
+
+  Returns:
+    The `dam_jax.checkpoint.Save`, its state laid over this mesh; None where
+    there is none.
+
+  Raises:
+    ValueError: as `Saves.restore` does.
+  """
+  if not saves.steps:
+    return None
+  known = saves.shapes()
+  found = {
+    _rows_of(known[path].shape, layout)
+    for path, x in tree.flatten(like).items()
+    if path in known and _is_raveled(x, layout)
+  }
+  old = dataclasses.replace(layout, shards=found.pop() if found else 1)
+  if found or old.shards in (0, layout.shards):
+    return saves.restore(like)  # which says what differs, if anything
+  even = old.shards % mesh.size == 0
+
+  def abstract(x):
+    if not _is_raveled(x, layout):
+      return x
+    shape = (*x.shape[: x.ndim - len(layout.shape)], *old.shape)
+    spec = sharding.row_spec(len(shape), mesh) if even else P()
+    return jax.ShapeDtypeStruct(
+      shape, x.dtype, sharding=NamedSharding(mesh, spec)
+    )
+
+  save = saves.restore(jax.tree.map(abstract, like))
+
+  def resplit(x):
+    moved = _is_raveled(x, old)
+    return _spread(old.resplit(x, layout.shards) if moved else x, layout, mesh)
+
+  resplit_all = jax.jit(lambda state: jax.tree.map(resplit, state))
+  return save._replace(state=resplit_all(save.state))
+
+
+def _is_raveled(x: Any, layout: Layout) -> bool:
+  return _ends_with(x.shape, layout.shape)
+
+
+def _rows_of(shape: tuple[int, ...], layout: Layout) -> int:
+  """Returns over how many shards an array was raveled, 0 if it was not."""
+  for rows in (1, *shape[-2:-1]):
+    other = dataclasses.replace(layout, shards=max(1, rows))
+    if rows and _ends_with(shape, other.shape):
+      return rows
+  return 0
+
+
+def _ends_with(shape: tuple[int, ...], end: tuple[int, ...]) -> bool:
+  return shape[max(0, len(shape) - len(end)) :] == end
+
+
 def _split_images(x: jax.Array, mesh: Mesh) -> jax.Array:
   """Splits `[S, T, B, ...]` over images."""
   num = mesh.shape['data']

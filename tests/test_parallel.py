@@ -12,6 +12,8 @@ import optax
 import pytest
 
 import dam_jax as dj
+from dam_jax import checkpoint
+from dam_jax import parallel
 from dam_jax import sharding
 from dam_jax.masks import Mask
 from dam_jax.perturbations import Seeds
@@ -188,6 +190,37 @@ def test_explicit_axes_and_placed_models(tiny, alone):
   want, _, metrics = alone('concrete')
   assert_close(merged, want, **TOLERANCES)
   assert_close(measured, metrics, **TOLERANCES)
+
+
+@pytest.mark.parametrize(('old', 'new'), [(8, 4), (4, 8), (8, 1), (1, 8)])
+def test_a_state_goes_on_on_a_mesh_of_another_size(
+  tiny, alone, tmp_path, old, new
+):
+  name = 'dam_paper'
+  merger = ALL[name](tiny.logits_fn)
+  first, *rest = batches(merger, tiny)
+
+  def on(num):
+    mesh = sharding.make_mesh(devices=jax.devices()[:num])
+    spread = dj.data_parallel(merger, mesh)
+    return mesh, spread, spread.init(key, tiny.base, tiny.experts)
+
+  key = jax.random.key(5)
+  _, spread, state = on(old)
+  state, _ = spread.step(state, tiny.base, tiny.experts, first)
+  with checkpoint.Saves(tmp_path) as saves:
+    saves.save(1, state, {'loss': np.zeros(1)})
+  mesh, spread, like = on(new)
+  layout = dj.tree.layout_of(tiny.base, shards=new)
+  with checkpoint.Saves(tmp_path) as saves:
+    state = parallel.restore(saves, like, layout, mesh).state
+  for x, y in zip(*map(jax.tree.leaves, (state, like)), strict=True):
+    assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+  for batch in rest:
+    state, _ = spread.step(state, tiny.base, tiny.experts, batch)
+  merged = spread.finalize(state, tiny.base, tiny.experts)
+  assert_close(merged, alone(name)[0], **TOLERANCES)
 
 
 def test_many_steps_compile_once_and_donate(tiny):

@@ -126,6 +126,15 @@ def test_shards_hold_an_equal_part_of_every_leaf(model, shards):
     np.testing.assert_array_equal(group, flat.vector[..., at], name)
 
 
+@hypothesis.given(MODELS, st.integers(1, 9), st.integers(1, 9))
+def test_another_number_of_shards_has_the_same_entries(model, old, new):
+  models = tree.stack([another(model, k) for k in (1, 2)])
+  flat = tree.ravel(models, leading=1, shards=old)
+  want = tree.ravel(models, leading=1, shards=new)
+  got = flat.layout.resplit(flat.vector, new)
+  np.testing.assert_array_equal(got, want.vector)
+
+
 @hypothesis.given(MODELS)
 def test_groups_by_leaf_are_the_leaves_in_order(model):
   flat = tree.ravel(model)

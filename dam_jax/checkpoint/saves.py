@@ -150,6 +150,28 @@ class Saves:
         f'another folder, then start again. {_newest(whole)}\n{e}'
       ) from e
 
+  def shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and dtypes of the newest save's state, by path.
+
+    Raises:
+      ValueError: where there is none, or it cannot be read.
+    """
+    self.wait()
+    if not self.steps:
+      raise ValueError(f'{self.folder}: no save')
+    return {
+      path: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      for path, x in tree.flatten(self._known(self.steps[-1])['state']).items()
+    }
+
+  def _known(self, step: int) -> Mapping[str, Any]:
+    """Reads what is known of a save before it is read."""
+    with self._reading(step):
+      known = self._checkpointer.checkpointables_metadata(step).metadata
+      if None in known.values():
+        raise ValueError('its metadata cannot be read')
+      return known
+
   def restore(self, like: Any) -> Save | None:
     """Reads the newest save.
 
@@ -165,13 +187,11 @@ class Saves:
       ValueError: where it is of another model or merge, with all differences,
         or cannot be read.
     """
+    self.wait()
     if not self.steps:
       return None
     step, data = self.steps[-1], state_lib.key_data(like)
-    with self._reading(step):
-      known = self._checkpointer.checkpointables_metadata(step).metadata
-      if None in known.values():
-        raise ValueError('its metadata cannot be read')
+    known = self._known(step)
     if lines := tree.differences(data, known['state']):
       other = f'{self.folder / str(step)} is of another model or merge; choose '
       raise ValueError('\n  '.join([f'{other}another folder:', *lines]))
