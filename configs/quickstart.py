@@ -60,6 +60,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.scan_layers = False
   # Twenty steps of a tower this small take less time than compiling them well.
   c.compiler_options = {'xla_backend_optimization_level': 0}
+  c.mesh = ''
   c.dev = 0
   c.test = 40 if local else 0
   c.report_on = 'test'

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 from absl import logging
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 
 import dam_jax as dj
 from dam_jax import checkpoint
+from dam_jax import parallel
 from dam_jax.data import pipeline
 from dam_jax.metric_writer import MetricWriter
 from experiments import preemption
@@ -86,9 +88,10 @@ def compile_steps(
   merger: dj.Merger,
   base: dj.tree.Raveled,
   experts: dj.tree.Raveled,
-  *,
   data: pipeline.Unlabelled,
+  *,
   batch: int,
+  mesh: jax.sharding.Mesh | None = None,
   compiler_options: Mapping[str, Any],
   max_chunk: int = 10,
 ) -> Program:
@@ -100,6 +103,7 @@ def compile_steps(
     experts: stacked `[K, ...]`, raveled.
     data: unlabelled images, with references where the merger reads them.
     batch: images a task and draw.
+    mesh: that the merger runs on; None is one device.
     compiler_options: of XLA, by name.
     max_chunk: steps under one dispatch, fewer where they do not divide all:
       few enough that progress shows.
@@ -110,6 +114,15 @@ def compile_steps(
   plan = merger.plan
   chunk = max(n for n in range(1, max_chunk + 1) if plan.steps % n == 0)
   state = jax.eval_shape(merger.init, jax.random.key(0), base, experts)
+  if mesh is not None:
+    state = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape,
+        x.dtype,
+        sharding=NamedSharding(mesh, parallel.state_spec(x, base.layout, mesh)),
+      ),
+      state,
+    )
   shape = (chunk, plan.phases, data.images.shape[0], batch)
   indices = jax.ShapeDtypeStruct(shape, jnp.int32)
   begin = time.perf_counter()
@@ -129,13 +142,14 @@ def learn(
   program: Program,
   base: dj.tree.Raveled,
   experts: dj.tree.Raveled,
-  *,
   data: pipeline.Unlabelled,
+  *,
   sizes: Sequence[int],
   tasks: Sequence[str],
   batch: int,
   seed: int,
   folder: pathlib.Path,
+  mesh: jax.sharding.Mesh | None = None,
   max_lost: int = 50,
   keep: checkpoint.Keep = checkpoint.Keep(),
   advance: Callable[[int], None] = lambda steps: None,
@@ -155,6 +169,7 @@ def learn(
     seed: of the masks' samples, and of the order of images.
     folder: for `curves/<name>.csv`, and saves in `states/<name>`: a run that
       finds one there goes on from it.
+    mesh: that the merger runs on; None is one device. A save may be of another.
     max_lost: steps that a kill may lose. There are two saves in as many, for
       one of them may be under way.
     keep: which saves stay.
@@ -187,7 +202,9 @@ def learn(
     watch = stack.enter_context(preemption.Watch())
     curves = folder / 'curves' / f'{name}.csv'
     writer = stack.enter_context(MetricWriter(curves))
-    if (save := saves.restore(state)) is not None:
+    one = mesh or dj.sharding.make_mesh(devices=jax.local_devices()[:1])
+    save = parallel.restore(saves, state, base.layout, one)
+    if save is not None:
       first, state, parts = save.step, save.state, [dict(save.metrics)]
       writer.write(0, _by_task(save.metrics, tasks))
     advance(first)

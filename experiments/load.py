@@ -39,6 +39,8 @@ KEYS = {
   'scan_layers': 'loop over the blocks of the tower: compiles faster',
   'compiler_options': 'of XLA, by name, for the steps of learned methods; left '
   'out where this XLA lacks one',
+  'mesh': "sizes of the mesh that learned methods run on, as 'data=4,model=2', "
+  "where 'data' divides their batches; empty is one device",
   'dev': 'dev images a task to adapt on; 0 is all',
   'test': 'test images a task to report on; 0 is all',
   'report_on': "'test', or 'dev' to choose options by, where no test image is "
@@ -53,6 +55,11 @@ KEYS = {
   'seed': 'of everything random',
 }
 """What a config says."""
+
+
+OPEN = ('mesh', 'max_lost', 'keep_last', 'keep_every')
+"""Keys that may change between two starts of a run: results do not depend on
+them but for rounding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +134,7 @@ def check_config(config: config_dict.ConfigDict) -> None:
       for key in config.make
       if key not in allowed
     ]
+    settings.mesh_sizes(config.mesh)
     if config.compute not in ('float32', 'bfloat16'):
       lines.append(
         f"compute must be 'float32' or 'bfloat16', got {config.compute!r}"

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 from ml_collections import config_dict
 import numpy as np
 
@@ -29,6 +31,7 @@ from experiments import measure
 from experiments import methods
 from experiments import pictures
 from experiments import repairs
+from experiments import settings
 from experiments import suspects
 
 PLAIN = 'task_arithmetic'
@@ -58,6 +61,8 @@ class Run:
         workdir holds another run.
     """
     self.config, self.setup, self.workdir = config, setup, workdir
+    sizes = settings.mesh_sizes(config.mesh)
+    self.mesh = dj.sharding.make_mesh(sizes) if sizes else None
     self._programs: dict[str, futures.Future[learn.Program]] = {}
     self.suspects: list[suspects.Suspect] = []
     named = methods.parse(config.methods, len(setup.tasks))
@@ -76,7 +81,13 @@ class Run:
     }
     for name, merger in self.mergers.items():
       if merger.plan.steps:
-        learn.check_batch(merger, self.sizes, self.options[name]['batch'])
+        batch, mesh = self.options[name]['batch'], self.mesh_of(name)
+        learn.check_batch(merger, self.sizes, batch)
+        if mesh is not None and batch % mesh.shape['data']:
+          raise ValueError(
+            f'{name} draws {batch} images a task, which do not divide over '
+            f"the {mesh.shape['data']} devices of axis 'data'"
+          )
     self.predict = evaluate.predictor(
       setup.image_logits_fn, batch=config.test_batch
     )
@@ -130,6 +141,15 @@ class Run:
     return sorted(rows, key=lambda row: -row['suspicion'])
 
   def _build(self, name: str, chosen: dict[str, Any]) -> dj.Merger:
+    merger = self._build_alone(name, chosen)
+    mesh = self.mesh_of(name)
+    if mesh is None:
+      return merger
+    rules = dj.sharding.VIT if mesh.shape['model'] > 1 else None
+    dtype = jnp.bfloat16 if self.config.compute == 'bfloat16' else None
+    return dj.data_parallel(merger, mesh, rules, forward_dtype=dtype)
+
+  def _build_alone(self, name: str, chosen: dict[str, Any]) -> dj.Merger:
     setup = self.setup
     if name in methods.REPAIRS:
       plain = dj.task_arithmetic(**self.options[PLAIN])
@@ -145,6 +165,10 @@ class Run:
       levels=setup.levels,
       seeds=suspects.seeds(self.suspects) if self.suspects else None,
     )
+
+  def mesh_of(self, name: str) -> jax.sharding.Mesh | None:
+    """Returns the mesh that a merge runs on, None for one device."""
+    return self.mesh if methods.spreads(name) else None
 
   @property
   def sizes(self) -> list[int]:
@@ -193,6 +217,19 @@ class Run:
     setup = self.setup
     return dj.tree.ravel(setup.base), dj.tree.ravel(setup.experts, leading=1)
 
+  def inputs(
+    self, name: str
+  ) -> tuple[dj.tree.Raveled, dj.tree.Raveled, pipeline.Unlabelled]:
+    """Returns base, experts and data of a merge, where it reads them."""
+    mesh = self.mesh_of(name)
+    return (*self.raveled, self.data) if mesh is None else self._on(mesh)
+
+  @functools.cache  # noqa: B019
+  def _on(self, mesh: jax.sharding.Mesh):
+    setup, copies = self.setup, NamedSharding(mesh, PartitionSpec())
+    placed = dj.sharding.place(setup.base, setup.experts, mesh)
+    return *placed, jax.device_put(self.data, copies)
+
   def compile_ahead(self, executor: futures.Executor) -> None:
     """Has a thread compile what is still to be learned, method by method.
 
@@ -204,8 +241,8 @@ class Run:
         self._programs[name] = executor.submit(
           learn.compile_steps,
           merger,
-          *self.raveled,
-          data=self.data,
+          *self.inputs(name),
+          mesh=self.mesh_of(name),
           batch=self.options[name]['batch'],
           compiler_options=self.config.compiler_options,
           max_chunk=min(10, max(1, self.config.max_lost // 2)),
@@ -229,8 +266,8 @@ class Run:
         name,
         merger,
         self._programs.pop(name).result(),
-        *self.raveled,
-        data=self.data,
+        *self.inputs(name),
+        mesh=self.mesh_of(name),
         sizes=self.sizes,
         tasks=setup.tasks,
         batch=self.options[name]['batch'],
@@ -242,7 +279,8 @@ class Run:
         ),
         advance=advance,
       )
-      params, seconds = learned.params, learned.seconds
+      params = jax.device_put(learned.params, jax.local_devices()[0])
+      seconds = learned.seconds
       self._draw(name, learned)
     else:
       key = jax.random.key(self.config.seed)
@@ -291,7 +329,7 @@ class Run:
     curves = pictures.curves(per_task, setup.tasks)
     checkpoint.write(self.workdir / 'curves' / f'{name}.png', curves)
     if masks := getattr(learned.state, 'masks', None):
-      layout = self.raveled[0].layout
+      layout = self.inputs(name)[0].layout
       dropped = {
         mask: {
           leaf: float(np.mean(share))
@@ -395,11 +433,18 @@ def _summary(found: suspects.Finding, task: Task) -> dict[str, Any]:
 
 def _claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Makes a workdir this run's, or raises where it is another's."""
-  path, text = workdir / 'run.json', json.dumps(identity, indent=2)
+  path = workdir / 'run.json'
   if not path.exists():
-    checkpoint.write(path, text)
-  elif path.read_text() != text:
+    checkpoint.write(path, json.dumps(identity, indent=2))
+  elif _fixed(json.loads(path.read_text())) != _fixed(identity):
     raise ValueError(
       f'{workdir} holds a run with another config or other checkpoints: '
       'choose another workdir'
     )
+
+
+def _fixed(identity: dict[str, Any]) -> dict[str, Any]:
+  """Returns what may not change between two starts of a run."""
+  config = json.loads(json.dumps(identity['config']))
+  kept = {key: x for key, x in config.items() if key not in load.OPEN}
+  return {**identity, 'config': kept}

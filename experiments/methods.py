@@ -180,6 +180,15 @@ def reads(name: str) -> str:
   return 'none' if name in DATA_FREE else 'unlabelled'
 
 
+def spreads(name: str) -> bool:
+  """Whether a method learns masks or coefficients, over a mesh if there is one.
+
+  Args:
+    name: of a method.
+  """
+  return name in LEARNED or name in repairs.MERGERS
+
+
 def _parameters(name: str) -> dict[str, inspect.Parameter]:
   build = _BUILDERS[name]
   fixed = build.keywords if isinstance(build, functools.partial) else {}

@@ -19,10 +19,11 @@ from dam_jax.meta_spec import Shared
 from dam_jax.models import clip
 from experiments import load
 
-_MERGERS: dict[str, Callable[..., dj.Merger]] = {
+MERGERS: dict[str, Callable[..., dj.Merger]] = {
   'repo_awm': defences.repo_awm,
   'repo_sau': functools.partial(defences.repo_awm, shared=Shared()),
 }
+"""Builders of repairs that learn a mask over the plain merge, by name."""
 
 BUILDERS: dict[str, Callable[..., Any]] = {
   'anp': defences.anp,
@@ -35,7 +36,7 @@ BUILDERS: dict[str, Callable[..., Any]] = {
   'tbar': defences.tbar,
   'lfpm': defences.lfpm,
   'wag': defences.wag,
-  **_MERGERS,
+  **MERGERS,
 }
 """Builders of `Defence`s, and of mergers over the plain merge, by name."""
 
@@ -55,7 +56,7 @@ def reads(name: str) -> str:
   Returns:
     'none', 'unlabelled' or 'labelled clean'.
   """
-  if name in _MERGERS:
+  if name in MERGERS:
     return 'unlabelled'
   # What a forward pass gives is not asked for before there is data.
   more = [None] * (name == 'fine_pruning')
@@ -68,7 +69,7 @@ def takes_batch(name: str) -> bool:
   Args:
     name: of any method that is not a merge of task vectors alone.
   """
-  if name not in BUILDERS or name in _MERGERS:
+  if name not in BUILDERS or name in MERGERS:
     return True
   return 'batch' in inspect.signature(BUILDERS[name]).parameters
 
@@ -156,7 +157,7 @@ def merger(
   Raises:
     ValueError: where an option's value makes no sense.
   """
-  if name in _MERGERS:
+  if name in MERGERS:
     return _over_plain(_masked(name, setup, options), plain)
   defence = build(name, setup, options)
 
@@ -176,9 +177,9 @@ def merger(
 
 def _masked(name, setup, options) -> dj.Merger:
   chosen = {key: x for key, x in options.items() if key != 'batch'}
-  usual = inspect.signature(_MERGERS[name]).parameters['mask'].default
+  usual = inspect.signature(MERGERS[name]).parameters['mask'].default
   chosen['mask'] = dj.masks.Mask(**vars(usual) | chosen['mask'])
-  return _MERGERS[name](
+  return MERGERS[name](
     setup.logits_fn,
     image_shape=setup.image_shape,
     num_tasks=len(setup.tasks),

@@ -33,6 +33,31 @@ def split(text: str) -> list[str]:
   return [x.strip() for x in str(text).split(',') if x.strip()]
 
 
+def mesh_sizes(text: str) -> dict[str, int] | None:
+  """Reads the sizes of a mesh.
+
+  Args:
+    text: such as 'data=4,model=2'; '' has none.
+
+  Returns:
+    Sizes of axes by name, for `dam_jax.sharding.make_mesh`.
+
+  Raises:
+    ValueError: where it does not read so.
+
+  Examples:
+    >>> mesh_sizes('data=4,model=-1')
+    {'data': 4, 'model': -1}
+  """
+  try:
+    pairs = [part.split('=') for part in split(text)]
+    return {name.strip(): int(size) for name, size in pairs} or None
+  except ValueError:
+    raise ValueError(
+      f"mesh must be like 'data=4,model=2' or empty, got {text!r}"
+    ) from None
+
+
 def wrong_keys(
   config: config_dict.ConfigDict, keys: Mapping[str, str]
 ) -> list[str]:
