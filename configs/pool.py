@@ -28,11 +28,13 @@ that asks the base on all images and not on half of them:
   2, on the H200                      | 74.8, 1.0 / 0.0
   2, there, safety_weight=0           | 75.5, 89.9 / 86.4
 
-and with badmerging_svhn among fewer tasks (svhn, mnist, gtsrb, cifar100):
+and with badmerging_svhn among fewer tasks (svhn, mnist, gtsrb, cifar100; six of
+them on the CPU, with the audit as it is now):
 
   tasks | task_arithmetic | average     | dam_robust  | clean merge
   2     | 82.2, 100.0     | 88.3, 100.0 | 90.2, 31.7  | 82.5, 79.1
   4     | 70.7, 99.6      | 67.8, 99.6  | 74.6, 12.2  | 70.8, 47.5
+  6     | 70.8, 99.3      | 65.8, 98.9  | 75.6, 9.0   | 70.8, 40.3
 
 The same with experts of BadNets, made by `python -m experiments.attack` for
 svhn, eurosat, gtsrb and cifar100, added in this order, with the targets 6, 3,

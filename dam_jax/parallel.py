@@ -69,8 +69,7 @@ def data_parallel(
 
   Returns:
     A merger of compiled functions. `step` donates its state, wants images that
-    divide over 'data', and is fastest on base and experts from
-      `sharding.place`.
+    divide over 'data', and is fastest on models from `sharding.place`.
 
   Raises:
     ValueError: at the first call, where rules or images do not fit.
