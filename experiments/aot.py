@@ -12,7 +12,8 @@ the chip's peak rates allow.
 
 from collections.abc import Mapping
 import dataclasses
-import json
+import importlib.util
+import inspect
 import os
 import re
 import time
@@ -37,17 +38,6 @@ from dam_jax.models import clip
 from dam_jax.models import inputs
 from experiments import flops
 from experiments import methods
-
-_TOPOLOGY = flags.DEFINE_string('topology', 'v5e:4x4', 'of the TPU slice')
-_MODEL = flags.DEFINE_string('model', 'ViT-B/32', "or 'ViT-L/14', '7B', ...")
-_TASKS = flags.DEFINE_integer('tasks', 6, 'experts, each for a task')
-_METHOD = flags.DEFINE_string(
-  'method', 'dam_paper', 'a learned one, or for 7B one without data'
-)
-_BATCH = flags.DEFINE_integer('batch', 16, 'images a task and draw')
-_AXIS = flags.DEFINE_integer('model_axis', 1, "devices of axis 'model'")
-_REPLICATED = flags.DEFINE_bool('replicated', False, 'keep all on each device')
-_JSON = flags.DEFINE_string('json', '', 'file to append one line to')
 
 TOWERS = {
   'ViT-B/32': clip.VIT_B32,
@@ -283,6 +273,8 @@ def measure(
   known = methods.DATA_FREE if model == '7B' else methods.LEARNED
   if method not in known:
     lines.append(f'no method {method!r} for {model}: {", ".join(known)}')
+  if importlib.util.find_spec('libtpu') is None:
+    lines.append("no compiler for TPUs: pip install -e '.[aot]'")
   if lines:
     raise ValueError('\n  '.join(['a program to compile:', *lines]))
   chip, mesh = CHIPS[kind], _mesh(topology, model_axis)
@@ -357,22 +349,23 @@ def table(found: Mapping[str, Any]) -> Table:
 
 
 def main(argv: list[str]) -> None:
+  """Reads the flags, compiles, and prints the table."""
   del argv
   jax.config.update('jax_platforms', 'cpu')
-  found = measure(
-    _TOPOLOGY.value,
-    _MODEL.value,
-    method=_METHOD.value,
-    tasks=_TASKS.value,
-    batch=_BATCH.value,
-    model_axis=_AXIS.value,
-    replicated=_REPLICATED.value,
-  )
+  given = flags.FLAGS.flag_values_dict()
+  names = inspect.signature(measure).parameters
+  found = measure(**{name: given[name] for name in names})
   Console().print(table(found))
-  if _JSON.value:
-    with open(_JSON.value, 'a') as file:
-      file.write(json.dumps(found) + '\n')
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('topology', 'v5e:4x4', 'of the TPU slice')
+  flags.DEFINE_enum('model', 'ViT-B/32', [*TOWERS, '7B'], 'what to merge')
+  flags.DEFINE_string(
+    'method', 'dam_paper', 'a learned one, or for 7B one without data'
+  )
+  flags.DEFINE_integer('tasks', 6, 'experts, each for a task')
+  flags.DEFINE_integer('batch', 16, 'images a task and draw')
+  flags.DEFINE_integer('model_axis', 1, "devices of axis 'model'")
+  flags.DEFINE_bool('replicated', False, 'keep all on each device')
   app.run(main)

@@ -104,6 +104,7 @@ def test_stacked_models_ravel_like_one(model):
   assert_same(flat.unravel(), tree.stack(models))
 
 
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(MODELS, st.integers(2, 9))
 def test_shards_hold_an_equal_part_of_every_leaf(model, shards):
   models = tree.stack([another(model, k) for k in (1, 2)])
@@ -126,6 +127,7 @@ def test_shards_hold_an_equal_part_of_every_leaf(model, shards):
     np.testing.assert_array_equal(group, flat.vector[..., at], name)
 
 
+@hypothesis.settings(max_examples=20)
 @hypothesis.given(MODELS, st.integers(1, 9), st.integers(1, 9))
 def test_another_number_of_shards_has_the_same_entries(model, old, new):
   models = tree.stack([another(model, k) for k in (1, 2)])
