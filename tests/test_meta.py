@@ -8,8 +8,6 @@ import itertools
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 import numpy as np
 import pytest
 
@@ -354,39 +352,6 @@ def test_raveled_models_give_what_pytrees_give(some):
   assert_close(state, states[1])
   merged = some.merger.finalize(states[-1], flat, stacked)
   assert_close(merged, some.finalize(states[-1], some.base, some.experts), 1e-2)
-
-
-@pytest.mark.parametrize(
-  ('name', 'axis'), [('paper_leaf', 'batch'), ('robust_leaf', 'model')]
-)
-def test_sharded_gives_what_one_device_gives(name, axis, tiny, get_run):
-  run = get_run(name)
-  mesh = jax.make_mesh((8,), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
-
-  def shard(tree, *spec):
-    sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    return jax.device_put(tree, sharding)
-
-  batch = tiny.batch(run.merger.plan.phases, size=8)
-  state = run.merger.init(jax.random.key(0), run.base, run.experts)
-  for _ in range(3):
-    state, _ = run.step(state, run.base, run.experts, batch)
-  want, _ = run.step(state, run.base, run.experts, batch)
-  base, experts = dj.tree.ravel(run.base), dj.tree.ravel(run.experts, leading=1)
-  if axis == 'batch':
-    batch = shard(batch, None, None, axis)
-    state, base, experts = shard((state, base, experts))
-  else:
-    size = base.vector.size
-
-    def place(x):
-      split = axis if x.ndim and x.shape[-1] == size else None
-      return shard(x, *[None] * (x.ndim - 1), *[split] * (x.ndim > 0))
-
-    state, base, experts = jax.tree.map(place, (state, base, experts))
-    assert len(state.masks['task'].sharding.device_set) == 8
-  got, _ = run.step(state, base, experts, batch)
-  assert_close(got, want, 1e-4)
 
 
 @pytest.mark.parametrize('name', ['paper_leaf', 'repo_sau'])
