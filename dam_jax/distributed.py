@@ -8,6 +8,7 @@ host reads, `global_batch` makes one batch of what all have read, and
 
 from collections.abc import Mapping
 import hashlib
+import itertools
 import json
 import os
 from typing import Any
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
+from dam_jax.sharding import check_images
 from dam_jax.typing import Batch
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
@@ -119,23 +121,23 @@ def local_images(mesh: Mesh, num: int) -> slice:
     over axis 'model'.
 
   Raises:
-    ValueError: where images do not divide over axis 'data'.
+    ValueError: where images do not divide over axis 'data', or this process's
+      are not one stretch of them.
 
   Examples:
     >>> local_images(dj.sharding.make_mesh(), 16)
     slice(0, 16, None)
   """
-  size = mesh.shape['data']
-  if num % size:
+  check_images(num, mesh.shape['data'])
+  sharding = NamedSharding(mesh, P('data'))
+  found = sharding.addressable_devices_indices_map((num,)).values()
+  spans = sorted({index[0].indices(num)[:2] for index in found if index})
+  if any(a[1] != b[0] for a, b in itertools.pairwise(spans)):
     raise ValueError(
-      f"{num} images do not divide over the {size} devices of axis 'data'"
+      "the devices of this process do not lie side by side on axis 'data': "
+      'order the devices of the mesh by process'
     )
-  places = NamedSharding(mesh, P('data')).addressable_devices_indices_map(
-    (num,)
-  )
-  spans = [index[0].indices(num) for index in places.values() if index]
-  first, last = min(s[0] for s in spans), max(s[1] for s in spans)
-  return slice(first, last)
+  return slice(spans[0][0], spans[-1][1])
 
 
 def global_batch(local: Batch, mesh: Mesh) -> Batch:

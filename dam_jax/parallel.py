@@ -242,12 +242,7 @@ def _ends_with(shape: tuple[int, ...], end: tuple[int, ...]) -> bool:
 
 def _split_images(x: jax.Array, mesh: Mesh) -> jax.Array:
   """Splits `[S, T, B, ...]` over images."""
-  num = mesh.shape['data']
-  if x.shape[2] % num:
-    raise ValueError(
-      f'a batch of {x.shape[2]} images a task does not divide over the '
-      f'{num} devices of axis {"data"!r}'
-    )
+  sharding.check_images(x.shape[2], mesh.shape['data'])
   return _constrain(x, mesh, P(None, None, 'data'))
 
 
@@ -318,11 +313,7 @@ def split_batch(batch: Batch, num: int) -> Batch:
   """
 
   def split(x):
-    if x.shape[2] % num:
-      raise ValueError(
-        f'a batch of {x.shape[2]} images a task does not divide over {num} '
-        'devices'
-      )
+    sharding.check_images(x.shape[2], num)
     x = x.reshape(*x.shape[:2], num, -1, *x.shape[3:])
     return jnp.moveaxis(x, 2, 0)
 

@@ -110,6 +110,22 @@ def auto(mesh: Mesh) -> Mesh:
   return Mesh(mesh.devices, mesh.axis_names, axis_types=kinds)
 
 
+def check_images(num: int, devices: int) -> None:
+  """Raises unless a draw's images divide over devices.
+
+  Args:
+    num: images a task.
+    devices: that each get as many of them.
+
+  Raises:
+    ValueError: where they do not divide.
+  """
+  if num % devices:
+    raise ValueError(
+      f'{num} images a task do not divide over {devices} devices'
+    )
+
+
 def specs(params: Params, rules: Rules, mesh: Mesh, *, leading: int = 0) -> Any:
   """Says how each leaf of a pytree is split, by the first rule that matches.
 

@@ -83,11 +83,8 @@ class Run:
       if merger.plan.steps:
         batch, mesh = self.options[name]['batch'], self.mesh_of(name)
         learn.check_batch(merger, self.sizes, batch)
-        if mesh is not None and batch % mesh.shape['data']:
-          raise ValueError(
-            f'{name} draws {batch} images a task, which do not divide over '
-            f"the {mesh.shape['data']} devices of axis 'data'"
-          )
+        if mesh is not None:
+          dj.sharding.check_images(batch, mesh.shape['data'])
     self.predict = evaluate.predictor(
       setup.image_logits_fn, batch=config.test_batch
     )

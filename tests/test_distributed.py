@@ -97,5 +97,27 @@ def test_nothing_is_joined_unless_asked(monkeypatch):
 
 def test_images_that_do_not_divide_are_refused():
   mesh = sharding.make_mesh()
-  with pytest.raises(ValueError, match='12 images do not divide over the 8'):
+  with pytest.raises(ValueError, match='12 images a task do not divide over 8'):
     distributed.local_images(mesh, 12)
+
+
+@pytest.mark.parametrize(
+  ('starts', 'want'), [((8, 4, 4), slice(4, 12)), ((0, 8), None)]
+)
+def test_images_of_a_process_are_one_stretch(monkeypatch, starts, want):
+  class OfThisProcess:
+    """Has the images of some devices, as if others were elsewhere."""
+
+    def __init__(self, mesh, spec):
+      pass
+
+    def addressable_devices_indices_map(self, shape):
+      return {i: (slice(x, x + 4),) for i, x in enumerate(starts)}
+
+  monkeypatch.setattr(distributed, 'NamedSharding', OfThisProcess)
+  mesh = sharding.make_mesh({'data': 4, 'model': 2})
+  if want is None:
+    with pytest.raises(ValueError, match='do not lie side by side'):
+      distributed.local_images(mesh, 16)
+  else:
+    assert distributed.local_images(mesh, 16) == want

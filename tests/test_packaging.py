@@ -47,7 +47,7 @@ BESIDE = {
   'blocks': ('typing',),
   'streaming': ('typing', 'tree', 'base', 'blocks'),
   'sharding': ('typing', 'tree'),
-  'distributed': ('typing',),
+  'distributed': ('typing', 'sharding'),
   'parallel': ('typing', 'layout', 'tree', 'base', 'sharding'),
 }
 NOT_IN_CORE = {'flax', 'grain', 'orbax', 'tensorflow', 'tensorflow_datasets'}

@@ -312,9 +312,9 @@ def test_what_does_not_fit_is_refused(tiny):
   merger = dj.data_parallel(dj.adamerging(tiny.logits_fn, steps=1), mesh)
   state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
   batch = tiny.batch(merger.plan.phases, size=6)
-  with pytest.raises(ValueError, match='6 images a task does not divide over'):
+  with pytest.raises(ValueError, match='6 images a task do not divide over 8'):
     merger.step(state, tiny.base, tiny.experts, batch)
-  with pytest.raises(ValueError, match='6 images a task does not divide over'):
+  with pytest.raises(ValueError, match='6 images a task do not divide over 8'):
     dj.split_batch(batch, 8)
   with pytest.raises(ValueError, match='its step takes no axis_name'):
     dj.pmap_form(dj.from_transform(dj.average()))

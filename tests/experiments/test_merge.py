@@ -244,7 +244,7 @@ def test_a_merge_over_a_mesh_ends_where_one_device_does(
   config.mesh = ''  # a finished run may be looked at from any machine
   _run(config, tmp_path)
   config.mesh = 'data=8'
-  with pytest.raises(ValueError, match='draws 4 images a task, which do not'):
+  with pytest.raises(ValueError, match='4 images a task do not divide over 8'):
     _run(config, tmp_path)
   config.mesh = 'eight'
   with pytest.raises(ValueError, match="mesh must be like 'data=4,model=2'"):
