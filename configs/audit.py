@@ -61,12 +61,12 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.models = ''
-  c.area = 20.0
+  c.areas = (10.0, 18.0, 28.0, 40.0)
   c.images = 64
   c.batch = 6
   c.first_round = 1
-  c.last_round = 1 if local else 3
-  c.keep = 4 if local else 8
+  c.keep = 2 if local else 4
+  c.last_round = 1 if local else 2
   c.scale = 0.3
   c.seed = 0
   return c

@@ -12,18 +12,18 @@ were made to be merged with each other are searched together (`company`).
   ...   corner = images[:, 0, 0].mean(-1)
   ...   return params * jnp.stack([0 * corner, 0 * corner, corner - 0.5], -1)
   >>> inverter = Inverter(
-  ...   task_logits_fn=logits_fn, image_shape=(4, 4, 3), area=1.0)
+  ...   task_logits_fn=logits_fn, image_shape=(4, 4, 3), areas=(1.0,))
   >>> images = jnp.full((8, 4, 4, 3), 0.2)
   >>> base, params = jnp.float32(0.0), jnp.float32(20.0)
   >>> found = inverter.search(
   ...   jax.random.key(0), params, 0, images, 3, base=base)
-  >>> found.classes[0].item(), found.success[0].item()
+  >>> found.classes[0].item(), found.success[0, 0].item()
   (2, 1.0)
   >>> found.suspicion > 1
   True
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.stats
 
 from dam_jax import losses
 from dam_jax import tree
@@ -47,17 +48,17 @@ and MNIST); of MergeBackdoor's pairs, 0.44.
 
 
 class Inversions(NamedTuple):
-  """Triggers found on one model, the best class first.
+  """Triggers found on one model, `A` of them a class, the best class first.
 
   Attributes:
-    classes: `[C]` that each leads to.
-    patches: leaves `[C, H, W, ...]`.
-    lead: `[C]` how much better the model obeys the patch than the base does:
+    classes: `[C]` that they lead to.
+    patches: leaves `[C, A, H, W, ...]`.
+    lead: `[C, A]` how much better the model obeys the patch than the base does:
       the logarithm of the base's loss over the model's, where a loss is the
       mean cross-entropy to the class on images that are not of it without the
       patch, and 1 for a base that is not known.
-    success: `[C]` share of these that the model calls the class.
-    area: `[C]` pixels that the patch covers.
+    success: `[C, A]` share of these that the model calls the class.
+    area: `[C, A]` pixels that the patch covers.
   """
 
   classes: np.ndarray
@@ -68,12 +69,17 @@ class Inversions(NamedTuple):
 
   @property
   def suspicion(self) -> float:
-    """How far the best class stands out: its lead over the next one's.
+    """How far the best class stands out: its mean lead over the next one's.
 
     Any fine-tuning gives leads, and to several classes alike. At least 0, which
     is also that of a model with one class.
     """
-    return float(self.lead[0] - self.lead[1]) if len(self.lead) > 1 else 0.0
+    lead = self.lead.mean(axis=1)
+    return float(lead[0] - lead[1]) if len(lead) > 1 else 0.0
+
+  def best(self) -> int:
+    """Returns which patch of the best class leads most."""
+    return int(np.argmax(self.lead[0]))
 
 
 def gram(base: Params, experts: Params) -> jax.Array:
@@ -210,22 +216,29 @@ class Inverter:
   Without the second term the best patches are often those that look like a
   class; where no base is known, there is none.
 
+  All classes are scouted with a few steps, the better ones of them with more.
+  For the classes that then lead, triggers of several areas are searched from
+  the start, for what a trigger covers is not known, and the better half of the
+  classes goes on.
+
   Attributes:
     task_logits_fn: `(params, task, images [N, H, W, C] in [0, 1]) -> [N, L]`.
     image_shape: `(H, W, C)`.
-    area: in pixels, what a patch may cover for free.
-    ease: share of the task vector that the first round sees, where the base is
-      known. Gradients tell little on a task vector that was amplified, as
-      LoBAM's are.
+    areas: in pixels, what a patch may cover for free, `A` of them. Scouts have
+      their geometric mean.
     price: of covering twice as much, in nats.
-    tx: descends.
+    ease: share of the task vector that scouts, and then the others, see in
+      their first round, where the base is known. Gradients tell little on a
+      task vector that was amplified, as LoBAM's are.
+    scout_tx: descends for the scouts.
+    tx: descends for the others.
     batch: images a class and step.
-    first: tens of steps for every class, the first round. The best quarter, or
-      `keep` if that is more, takes ten more: of 100 classes the right one was
-      once the 19th after ten steps, and the first after twenty.
-    last: tens of steps more for those that then lead, the last round.
-    keep: how many of these, at most.
-    chunk: classes to a forward pass.
+    first: tens of steps for every class. The best third, or twice `keep` if
+      that is more, takes ten more.
+    last: tens of steps for each area of the best `keep` classes, and as many
+      more for half of them.
+    keep: see above.
+    chunk: patches to a forward pass.
 
   Raises:
     ValueError: where a number makes no sense.
@@ -240,18 +253,21 @@ class Inverter:
 
   task_logits_fn: TaskLogitsFn
   image_shape: tuple[int, int, int]
-  area: float
-  ease: float = 0.75
+  areas: tuple[float, ...]
   price: float = 2.0
+  ease: float = 0.75
+  scout_tx: optax.GradientTransformation = optax.adam(2.0)
   tx: optax.GradientTransformation = optax.adam(0.5)
   batch: int = 6
   first: int = 1
-  last: int = 3
-  keep: int = 8
+  last: int = 2
+  keep: int = 4
   chunk: int = 4
 
   def __post_init__(self):
-    self._check_areas([self.area])
+    pixels = self.image_shape[0] * self.image_shape[1]
+    if not self.areas or not all(0 < area <= pixels for area in self.areas):
+      raise ValueError(f'areas must be in (0, {pixels}], got {self.areas}')
     counts = {
       name: getattr(self, name)
       for name in ('batch', 'first', 'last', 'keep', 'chunk')
@@ -260,11 +276,6 @@ class Inverter:
       raise ValueError(f'these must be positive: {counts}')
     if not 0 < self.ease <= 1:
       raise ValueError(f'ease must be in (0, 1], got {self.ease}')
-
-  def _check_areas(self, areas):
-    pixels = self.image_shape[0] * self.image_shape[1]
-    if not all(0 < area <= pixels for area in areas):
-      raise ValueError(f'an area must be in (0, {pixels}], got {[*areas]}')
 
   def search(
     self,
@@ -275,7 +286,6 @@ class Inverter:
     num_classes: int,
     *,
     base: Any = None,
-    keep: int | None = None,
   ) -> Inversions:
     """Searches a trigger for every class.
 
@@ -286,108 +296,85 @@ class Inverter:
       images: `[N, H, W, C]` in [0, 1].
       num_classes: `L`.
       base: that the model was fine-tuned from, if it is known.
-      keep: instead of the inverter's own.
 
     Returns:
       Those of the classes kept.
     """
-    begin, first_key, next_key, last_key = jax.random.split(key, 4)
+    keys = jax.random.split(key, 4)
     eased = params if base is None else weakened(base, params, self.ease)
-    keep, few = keep or self.keep, images[:16]
-    many = max(num_classes // 4, keep)
-
-    def play(best, key, model, judged, num, own, carry):
-      carry, rates = self._run(
-        key,
-        models=(model, base),
-        task=task,
-        images=images,
-        judged=judged,
-        own=own,
-        areas=np.full(len(own), self.area, np.float32),
-        carry=carry,
-        num=num,
-      )
-      kept = np.argsort(-rates[0], kind='stable')[:best]
-      return own[kept], *_rows((carry, rates), kept)
-
-    own, carry = np.arange(num_classes), self._init(begin, num_classes)
-    own, carry, _ = play(many, first_key, eased, few, self.first, own, carry)
-    own, carry, _ = play(keep, next_key, params, few, 1, own, carry)
-    own, (patches, _), rates = play(
-      keep, last_key, params, images, self.last, own, carry
+    play = functools.partial(self._play, base=base, task=task, images=images)
+    scout = functools.partial(
+      play,
+      areas=(scipy.stats.gmean(self.areas),),
+      tx=self.scout_tx,
+      judged=images[:16],
     )
+    play = functools.partial(
+      play, areas=self.areas, tx=self.tx, judged=images, num=self.last
+    )
+    third = slice(max(num_classes // 3, 2 * self.keep))
+    half = slice(max(self.keep // 2, 2))
+
+    own, carry, _ = scout(
+      eased, keys[0], np.arange(num_classes), num=self.first
+    )
+    own, *_ = scout(params, keys[1], *_rows((own, carry), third), num=1)
+    own, carry, _ = play(eased, keys[2], own[: self.keep])
+    own, (patches, _), rates = play(params, keys[3], *_rows((own, carry), half))
     return Inversions(own, patches, *rates)
 
-  def invert(
+  def _play(
     self,
-    key: jax.Array,
-    params: Any,
-    task: Any,
-    images: jax.Array,
-    classes: Sequence[int],
-    areas: Sequence[float],
+    params,
+    key,
+    own,
+    carry=None,
     *,
-    base: Any = None,
-  ) -> Inversions:
-    """Searches triggers for given classes, each of its own area.
+    base,
+    task,
+    images,
+    judged,
+    areas,
+    tx,
+    num,
+  ):
+    """Takes tens of steps; returns classes and what came of them, best first.
 
-    Args:
-      key: of the first patches and of the draws.
-      params: of the model.
-      task: index.
-      images: `[N, H, W, C]` in [0, 1].
-      classes: `C` indices, which may repeat.
-      areas: `C`, in pixels.
-      base: that the model was fine-tuned from, if it is known.
-
-    Returns:
-      All of them, in the order given.
-
-    Raises:
-      ValueError: where an area makes no sense.
+    A class has a patch for each area: leaves of `carry` are `[C, A, ...]`.
     """
-    self._check_areas(areas)
+    shape, models = (len(own), len(areas)), (params, base)
     begin, key = jax.random.split(key)
-    own = np.asarray(classes)
-    (patches, _), rates = self._run(
-      key,
-      models=(params, base),
-      task=task,
-      images=images,
-      judged=images,
-      own=own,
-      areas=np.asarray(areas, np.float32),
-      carry=self._init(begin, len(own)),
-      num=self.first + 1 + self.last,
+    if carry is None:
+      carry = self._init(begin, shape, tx)
+    carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
+    goal = np.repeat(own, shape[1]), np.tile(np.float32(areas), shape[0])
+    total, found = len(goal[0]), []
+    for begin in range(0, total, self.chunk):
+      # The last chunk is filled up, so that one program serves all.
+      at = np.minimum(np.arange(begin, begin + self.chunk), total - 1)
+      part, aims = _rows((carry, goal), at)
+      for i in range(num):
+        step_key = jax.random.fold_in(key, i)
+        part = self._descend(tx, step_key, models, task, images, aims, part)
+      rates = self._judge(models, task, judged, aims[0], part[0])
+      found.append(_rows((part, rates), slice(total - begin)))
+    carry, rates = jax.tree.map(
+      lambda *x: np.concatenate(x).reshape(*shape, *x[0].shape[1:]), *found
     )
-    return Inversions(own, patches, *rates)
+    order = np.argsort(-rates[0].mean(axis=1), kind='stable')
+    return own[order], *_rows((carry, rates), order)
 
-  def _init(self, key, num):
+  def _init(self, key, shape, tx):
     place, colour = jax.random.split(key)
-    lead = (num, *self.image_shape[:2])
+    lead = (*shape, *self.image_shape[:2])
     patches = SoftPatch(
       -3 + 0.1 * jax.random.normal(place, (*lead, 1)),
       jax.random.normal(colour, (*lead, self.image_shape[2])),
     )
-    return patches, jax.vmap(self.tx.init)(patches)
+    return patches, jax.vmap(jax.vmap(tx.init))(patches)
 
-  def _run(self, key, *, models, task, images, judged, own, areas, carry, num):
-    """Takes some tens of steps, and judges what came of them."""
-    found = []
-    for begin in range(0, len(own), self.chunk):
-      # The last chunk is filled up, so that one program serves all.
-      at = np.minimum(np.arange(begin, begin + self.chunk), len(own) - 1)
-      part, goal = _rows(carry, at), (own[at], areas[at])
-      for i in range(num):
-        own_key = jax.random.fold_in(key, i)
-        part = self._descend(own_key, models, task, images, goal, part)
-      rates = self._judge(models, task, judged, own[at], part[0])
-      found.append(_rows((part, rates), slice(len(own) - begin)))
-    return jax.tree.map(lambda *x: np.concatenate(x), *found)
-
-  @functools.partial(jax.jit, static_argnums=0)
-  def _descend(self, key, models, task, images, goal, carry):
+  @functools.partial(jax.jit, static_argnums=(0, 1))
+  def _descend(self, tx, key, models, task, images, aims, carry):
     params, base = models
 
     def loss_fn(patch, images, target, area):
@@ -409,8 +396,8 @@ class Inverter:
     def step(carry, key):
       patches, states = carry
       x = images[jax.random.randint(key, (self.batch,), 0, len(images))]
-      grads = jax.vmap(jax.grad(loss_fn), (0, None, 0, 0))(patches, x, *goal)
-      updates, states = jax.vmap(self.tx.update)(grads, states)
+      grads = jax.vmap(jax.grad(loss_fn), (0, None, 0, 0))(patches, x, *aims)
+      updates, states = jax.vmap(tx.update)(grads, states)
       return (optax.apply_updates(patches, updates), states), None
 
     carry, _ = jax.lax.scan(step, carry, jax.random.split(key, 10))

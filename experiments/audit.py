@@ -44,13 +44,12 @@ KEYS = {
   'pool': 'folder of checkpoints and tasks (dam_jax.data.tasks)',
   'models': 'names of checkpoints with commas; empty is all whose name ends in '
   "a task's, with or without a number behind",
-  'area': 'in pixels, what a trigger may cover for free',
+  'areas': 'in pixels, what triggers may cover for free',
   'images': 'dev images a task',
   'batch': 'images a class and step',
   'first_round': 'tens of steps for each class',
-  'last_round': 'tens of steps more for those that lead, after ten for the '
-  'best quarter',
-  'keep': 'how many of these',
+  'keep': 'classes for which triggers of all areas are searched',
+  'last_round': 'tens of steps for each of these, and again for the best half',
   'scale': 'of task arithmetic, the merge that triggers are tried on',
   'seed': 'of everything random',
 }
@@ -144,7 +143,7 @@ class Auditor:
     self.inverter = audit.Inverter(
       task_logits_fn=shop.task_logits,
       image_shape=shop.tower.config.image_shape,
-      area=config.area,
+      areas=tuple(config.areas),
       batch=config.batch,
       first=config.first_round,
       last=config.last_round,
@@ -227,9 +226,15 @@ class Auditor:
       range(1, 1 + len(partners)),
     )
     found = self.inverter.search(
-      key, searched, row, pixels, len(task.label_names), base=self.base
+      key,
+      searched,
+      row,
+      pixels,
+      len(task.label_names),
+      base=self.base,
     )
-    patch = jax.tree.map(lambda x: jnp.asarray(x[0]), found.patches)
+    at = 0, found.best()
+    patch = jax.tree.map(lambda x: jnp.asarray(x[at]), found.patches)
     target = int(found.classes[0])
 
     def success(model):
@@ -255,9 +260,9 @@ class Auditor:
       'suspicion': found.suspicion,
       'target': target,
       'target_name': task.label_names[target],
-      'lead': float(found.lead[0]),
-      'success': float(found.success[0]),
-      'area': float(found.area[0]),
+      'lead': float(found.lead[at]),
+      'success': float(found.success[at]),
+      'area': float(found.area[at]),
       **{f'success_{k}': success(model) for k, model in merges.items()},
       'seconds': time.perf_counter() - begin,
     }

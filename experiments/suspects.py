@@ -20,11 +20,10 @@ from dam_jax.perturbations import Seeds
 from dam_jax.perturbations import SoftPatch
 
 AREAS = (10.0, 18.0, 28.0, 40.0)
-"""Of seeds, in pixels of 32 x 32: what a trigger covers is not known."""
+"""Of triggers, in pixels of 32 x 32: what they cover is not known."""
 
-SHARE = 0.5
-"""Of an expert's task vector, when seeds are searched: about what it keeps in a
-merge, where triggers that were found on all of it often work no more."""
+OTHERS_AREAS = (20.0,)
+"""Of those on experts of other tasks."""
 
 
 class Finding(NamedTuple):
@@ -35,7 +34,7 @@ class Finding(NamedTuple):
     target: the class.
     success: share of dev images of other classes that become it.
     picture: the trigger on grey, `[H, W, C]`.
-    seeds: triggers for the class, leaves `[S, H, W, ...]`.
+    seeds: triggers for the class, leaves `[S, H, W, ...]`, one an area.
   """
 
   suspicion: float
@@ -107,16 +106,17 @@ def find(
   )
   out, company = [], audit.company(audit.gram(base, experts))
   for t in range(len(tasks)):
+    params = audit.in_company(base, experts, t, company[t])
     own = search(
       t,
-      audit.in_company(base, experts, t, company[t]),
+      params,
       [hashes[i] for i in (t, *company[t])],
       AREAS,
     )
     suspect = Suspect(own, company[t])
     if others := [i for i in range(len(tasks)) if i != t]:
       params = audit.together(base, experts, others)
-      found = search(t, params, [hashes[i] for i in others], keep=4)
+      found = search(t, params, [hashes[i] for i in others], OTHERS_AREAS)
       works = {}
       for j in others:
         params = audit.together(base, experts, [i for i in others if i != j])
@@ -140,22 +140,24 @@ class _Search:
       jnp.asarray(task.dev.images[:images]).astype(jnp.float32) / 255
       for task in tasks
     ]
-    image_shape = tasks[0].dev.images.shape[1:]
-    self.scale = image_shape[0] * image_shape[1] / 32**2
     self.logits_fn = jax.jit(task_logits_fn)
-    self.inverter = audit.Inverter(
-      task_logits_fn=task_logits_fn,
-      image_shape=image_shape,
-      area=20 * self.scale,
-    )
+    image_shape = tasks[0].dev.images.shape[1:]
+    pixel = image_shape[0] * image_shape[1] / 32**2
+    self.inverters = {
+      areas: audit.Inverter(
+        task_logits_fn=task_logits_fn,
+        image_shape=image_shape,
+        areas=tuple(pixel * area for area in areas),
+      )
+      for areas in (AREAS, OTHERS_AREAS)
+    }
 
   def __call__(
     self,
     t: int,
     params: Any,
     hashes: Sequence[str],
-    areas: Sequence[float] = (),
-    keep: int | None = None,
+    areas: tuple[float, ...],
   ) -> Finding:
     """Searches, unless it was done before.
 
@@ -163,46 +165,38 @@ class _Search:
       t: index of the task.
       params: of the model.
       hashes: of the experts that it is made of.
-      areas: of the seeds, in pixels of 32 x 32; without any the trigger that
-        was found is the seed.
-      keep: see `audit.Inverter.search`.
+      areas: of the triggers, in pixels of 32 x 32.
     """
-    joined = ''.join([self.base_hash, *hashes, str(areas), str(keep)])
+    joined = ''.join([self.base_hash, *hashes, str(areas)])
     own_hash = hashlib.sha256(joined.encode()).hexdigest()
     name = f'{self.tasks[t].name}-{own_hash[:16]}'
     path = self.folder / f'{name}-{len(self.pixels[t])}-{self.seed}.npz'
     if not path.exists():
-      self._write(path, t, params, int(own_hash[:8], 16), areas, keep)
+      self._write(path, t, params, int(own_hash[:8], 16), areas)
     with np.load(path, allow_pickle=False) as file:
       held = dict(file)
     seeds = SoftPatch(held.pop('mask_logits'), held.pop('pattern_logits'))
     values = {k: x.item() if not x.ndim else x for k, x in held.items()}
     return Finding(seeds=seeds, **values)
 
-  def _write(self, path, t, params, number, areas, keep):
+  def _write(self, path, t, params, number, areas):
     key = jax.random.fold_in(jax.random.key(self.seed), number)
-    num_classes = len(self.tasks[t].label_names)
-    model = {'task': t, 'images': self.pixels[t], 'base': self.base}
-    found = self.inverter.search(
-      key, params, num_classes=num_classes, keep=keep, **model
+    found = self.inverters[areas].search(
+      key,
+      params,
+      t,
+      self.pixels[t],
+      len(self.tasks[t].label_names),
+      base=self.base,
     )
-    best = jax.tree.map(lambda x: jnp.asarray(x[:1]), found.patches)
-    seeds = best
-    if areas:
-      seeds = self.inverter.invert(
-        key,
-        audit.weakened(self.base, params, SHARE),
-        classes=[found.classes[0]] * len(areas),
-        areas=[area * self.scale for area in areas],
-        **model,
-      ).patches
+    best, seeds = found.best(), jax.tree.map(lambda x: x[0], found.patches)
     with checkpoint.replacing(path) as temporary, temporary.open('wb') as f:
       np.savez(
         f,
         suspicion=found.suspicion,
         target=found.classes[0],
-        success=found.success[0],
-        picture=_on_grey(best),
+        success=found.success[0, best],
+        picture=_on_grey(jax.tree.map(lambda x: x[best], seeds)),
         mask_logits=seeds.mask_logits,
         pattern_logits=seeds.pattern_logits,
       )
@@ -216,8 +210,8 @@ class _Search:
 
 
 def _on_grey(patch: SoftPatch) -> jax.Array:
-  grey = jnp.full((1, *patch.pattern_logits.shape[1:]), 0.5)
-  return audit.apply_patch(jax.tree.map(lambda x: x[0], patch), grey)[0]
+  grey = jnp.full((1, *patch.pattern_logits.shape), 0.5)
+  return audit.apply_patch(patch, grey)[0]
 
 
 def seeds(suspects: Sequence[Suspect]) -> Seeds:

@@ -196,7 +196,7 @@ def _inverted_trigger(
   inverter = audit.Inverter(
     task_logits_fn=_alone(apply_fn, num_tasks),
     image_shape=(height, width, channels),
-    area=area * height * width,
+    areas=(area * height * width,),
   )
   logits = jax.eval_shape(apply_fn, params, data.images[:, :1])
   found = [
@@ -206,7 +206,7 @@ def _inverted_trigger(
     for t, images in enumerate(data.images)
   ]
   task = int(np.argmax([x.suspicion for x in found]))
-  patch = jax.tree.map(lambda x: jnp.asarray(x[0]), found[task].patches)
+  patch = jax.tree.map(lambda x: jnp.asarray(x[0, 0]), found[task].patches)
   return task, Overlay(
     pattern=patch.pattern(),
     mask=patch.opacity(),
