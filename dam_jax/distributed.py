@@ -7,9 +7,13 @@ host reads, `global_batch` makes one batch of what all have read, and
 """
 
 from collections.abc import Mapping
+import dataclasses
+import functools
 import hashlib
+import io
 import itertools
 import json
+import math
 import os
 from typing import Any
 
@@ -71,6 +75,125 @@ def initialize(
 def is_first() -> bool:
   """Whether this process is the one that writes what is not written by all."""
   return jax.process_index() == 0
+
+
+def agreed(value: bool) -> bool:
+  """Returns on every process what process 0 was given.
+
+  Args:
+    value: what it decided, such as whether a file is there.
+  """
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def wait(name: str) -> None:
+  """Returns once every process has come here.
+
+  Args:
+    name: of the place, the same on all of them.
+
+  Raises:
+    ValueError: where the names differ.
+  """
+  multihost_utils.sync_global_devices(name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+  """The processes of this run, for work that each does a part of.
+
+  `dam_jax.streaming.merge_leaves` and `dam_jax.checkpoint.ModelWriter` take it.
+  """
+
+  @property
+  def index(self) -> int:
+    """Of this process, from 0."""
+    return jax.process_index()
+
+  @property
+  def count(self) -> int:
+    """Of all."""
+    return jax.process_count()
+
+  def exchange(self, data: bytes) -> list[bytes]:
+    """Returns what every process was given here, in their order.
+
+    Args:
+      data: of this process, of any length.
+    """
+    own = np.frombuffer(data, np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(own.size, np.int32))
+    sizes = np.reshape(sizes, -1)
+    padded = np.pad(own, (0, int(sizes.max()) - own.size))
+    rows = multihost_utils.process_allgather(padded[None], tiled=True)
+    return [row[:n].tobytes() for row, n in zip(rows, sizes, strict=True)]
+
+
+def share(
+  leaves: Mapping[str, jax.ShapeDtypeStruct], hosts: Hosts | None
+) -> set[str]:
+  """Says which leaves are this process's.
+
+  Args:
+    leaves: of a model, by path.
+    hosts: all processes; None is one.
+
+  Returns:
+    Their paths: each leaf is one process's, and each has about as many bytes.
+  """
+  if hosts is None:
+    return {*leaves}
+  sizes = {p: math.prod(x.shape) * x.dtype.itemsize for p, x in leaves.items()}
+  loads, own = [0] * hosts.count, set()
+  for path in sorted(sizes, key=lambda p: (-sizes[p], p)):
+    least = loads.index(min(loads))
+    loads[least] += sizes[path]
+    if least == hosts.index:
+      own.add(path)
+  return own
+
+
+def sum_over(
+  hosts: Hosts, found: Mapping[str, tuple[Any, Any]], like: Mapping[str, Any]
+) -> dict[str, tuple[Any, Any]]:
+  """Sums arrays over processes.
+
+  Args:
+    hosts: all of them.
+    found: by name, pytrees of NumPy arrays to sum, and of arrays that are the
+      same wherever they are.
+    like: pytrees of the same structures for all names, of which a process may
+      have found some.
+
+  Returns:
+    The same for all names.
+  """
+  data = io.BytesIO()
+  leaves = {
+    f'{i} {j}': x
+    for i, name in enumerate(like)
+    for j, x in enumerate(jax.tree.leaves(found.get(name)))
+  }
+  np.savez(data, **leaves)
+  sent = [
+    dict(np.load(io.BytesIO(each), allow_pickle=False))
+    for each in hosts.exchange(data.getvalue())
+  ]
+
+  def total(i, parts, same):
+    shapes = jax.tree.leaves((parts, same))
+    every = [
+      [each[f'{i} {j}'] for j in range(len(shapes))]
+      for each in sent
+      if f'{i} 0' in each
+    ]
+    num = len(jax.tree.leaves(parts))
+    sums = [functools.reduce(np.add, x) for x in zip(*every, strict=True)]
+    return jax.tree.unflatten(
+      jax.tree.structure((parts, same)), [*sums[:num], *every[0][num:]]
+    )
+
+  return {name: total(i, *x) for i, (name, x) in enumerate(like.items())}
 
 
 def check_agreement(facts: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ entry by entry. Everything is computed in float32.
 from collections.abc import Callable, Collection, Mapping, Sequence
 import concurrent.futures
 import functools
+import json
 import threading
 from typing import Any
 import zlib
@@ -37,6 +38,7 @@ import numpy as np
 import optax
 
 from dam_jax import blocks
+from dam_jax import distributed
 from dam_jax import tree
 from dam_jax.base import Entrywise
 from dam_jax.typing import Params, Source
@@ -174,6 +176,7 @@ def merge_leaves(
   skip: Collection[str] = (),
   workers: int = 2,
   on_leaf: Callable[[str, int], None] | None = None,
+  hosts: distributed.Hosts | None = None,
 ) -> None:
   """Merges leaf by leaf.
 
@@ -192,6 +195,8 @@ def merge_leaves(
     workers: how many leaves are under way at a time.
     on_leaf: called with a leaf's path and the bytes read for it, each time that
       it was read.
+    hosts: processes that call this with the same arguments: each reads and puts
+      its leaves alone (`dam_jax.distributed.share`).
 
   Raises:
     ValueError: before a leaf is read, where experts do not fit the base (all
@@ -201,7 +206,8 @@ def merge_leaves(
   check(base, experts)
   txs = tx if isinstance(tx, Mapping) else {'': tx}
   labels = dict.fromkeys(base.leaves, '') if labels is None else labels
-  skip = frozenset(skip)
+  own = distributed.share(base.leaves, hosts)
+  written = own - set(skip)
   unlabelled = sorted(set(base.leaves) - set(labels))
   unknown = sorted({x for x in labels.values() if x not in txs})
   owners = {label: t for label, t in txs.items() if isinstance(t, str)}
@@ -233,15 +239,18 @@ def merge_leaves(
         moved = [
           p for p in paths if not whole and tree.is_float(base.leaves[p])
         ]
-        list(pool.map(copy, sorted({*paths} - {*moved} - {*skip})))
+        list(pool.map(copy, sorted(written & {*paths} - {*moved})))
         if moved:
           sources = base, *experts.values()
-          sweep = _Sweep(txs[label], sources, pool, workers, on_leaf)
-          answers = sweep.answers(moved)
-          sweep.merge(answers, [p for p in moved if p not in skip], finish)
+          sweep = _Sweep(txs[label], sources, pool, workers, on_leaf, hosts)
+          answers = sweep.answers(moved, own)
+          sweep.merge(answers, [p for p in moved if p in written], finish)
     except BaseException:
       pool.shutdown(cancel_futures=True)
       raise
+  if hosts is not None:
+    sent = hosts.exchange(json.dumps(bad).encode())
+    bad = [line for each in sent for line in json.loads(each)]
   if bad:
     raise ValueError('\n  '.join(['weights are not finite:', *sorted(bad)]))
 
@@ -297,9 +306,10 @@ def _program(tx: Tx) -> tuple[Callable[..., Any], Callable[..., Any]]:
 class _Sweep:
   """Passes over the leaves of one transformation."""
 
-  def __init__(self, tx, sources, pool, workers, on_leaf):
+  def __init__(self, tx, sources, pool, workers, on_leaf, hosts):
     self._update, self._jitted = _program(tx)
     self._sources, self._pool, self._workers = sources, pool, workers
+    self._hosts = hosts
     self._on_leaf = on_leaf or (lambda path, size: None)
     self._cut = isinstance(tx, Entrywise) and jax.default_backend() == 'cpu'
 
@@ -343,13 +353,23 @@ class _Sweep:
     found = blocks.cut(self._sources, paths, self._on_leaf)
     blocks.work(found, one, len(self._sources), self._pool, self._workers)
 
-  def answers(self, paths):
-    """Answers all questions about the whole model, a pass for each."""
+  def answers(self, paths, own):
+    """Answers all questions about the whole model, a pass for each.
+
+    Of `paths` this process reads those that are its `own`.
+    """
     answers = {}
     while asking := self._asking(answers, paths):
-      found = self._sum(answers, [path for path in paths if path in asking])
+      found = self._sum(answers, [p for p in paths if p in asking and p in own])
+      groups = {group: (finish, out) for group, finish, out in asking.values()}
+      if self._hosts is not None:
+        outs = {
+          group: (out['part'][group], out['args'])
+          for group, (_, out) in groups.items()
+        }
+        found = distributed.sum_over(self._hosts, found, outs)
       for group, (total, args) in found.items():
-        finish = next(f for g, f in asking.values() if g == group)
+        finish, _ = groups[group]
         # Counts of the entries of a large model do not fit 32 bits.
         with jax.enable_x64(True):
           answer = finish(total, *jax.tree.map(np.asarray, args))
@@ -357,7 +377,7 @@ class _Sweep:
     return answers
 
   def _asking(self, answers, paths):
-    """Returns `(group, finish)` of the leaves that have a next question."""
+    """Returns the next `_question` of the leaves that have one."""
     kinds, found = {}, {}
     block = jax.ShapeDtypeStruct((blocks.SIZE,), jnp.float32)
     for path in paths:
@@ -366,8 +386,7 @@ class _Sweep:
       if kind not in kinds:
         kinds[kind] = _question(self._update, answers, structs)
       if kinds[kind] is not None:
-        group, finish, _ = kinds[kind]
-        found[path] = group, finish
+        found[path] = kinds[kind]
     return found
 
   def _sum(self, answers, paths):

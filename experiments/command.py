@@ -10,11 +10,13 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
+import jax
 from ml_collections import config_dict
 from ml_collections import config_flags
 from rich.console import Console
 from rich.text import Text
 
+from dam_jax import distributed
 from experiments import preemption
 
 _CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -41,14 +43,38 @@ def _spare_gpus() -> None:
     os.environ['XLA_FLAGS'] = f'{given} {_TRITON}=false'.strip()
 
 
-def start(run: Run, example: str) -> None:
+def define_hosts() -> None:
+  """Defines the flags that join several hosts."""
+  flags.DEFINE_string(
+    'coordinator',
+    None,
+    "host:port of process 0; 'auto' finds all three by itself, on Cloud TPU, "
+    'SLURM, Kubernetes and Open MPI',
+  )
+  flags.DEFINE_integer('num_processes', None, 'of the run')
+  flags.DEFINE_integer('process_id', None, 'of this process, from 0')
+
+
+def _join() -> None:
+  """Joins other hosts where flags or the environment name them."""
+  joined = distributed.initialize(
+    flags.FLAGS.coordinator, flags.FLAGS.num_processes, flags.FLAGS.process_id
+  )
+  if joined and not _WORKDIR.value:
+    raise ValueError('several hosts need --workdir, on a disk that all share')
+
+
+def start(run: Run, example: str, *, hosts: bool = False) -> None:
   """Reads the flags and runs.
 
   Args:
     run: raises ValueError, FloatingPointError or OSError for what a user can
       mend.
     example: of a config.
+    hosts: whether several hosts may run it together.
   """
+  if hosts:
+    define_hosts()
 
   def main(argv: list[str]) -> None:
     if len(argv) > 1:
@@ -57,7 +83,15 @@ def start(run: Run, example: str) -> None:
     _spare_gpus()
     if _CONFIG.value is None:
       raise app.UsageError(f'--config is missing, such as {example}')
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+      if hosts:
+        _join()
+    except ValueError as e:
+      raise app.UsageError(str(e)) from e
+    console = Console(
+      width=None if sys.stdout.isatty() else 160,
+      quiet=not distributed.is_first(),
+    )
     file = config_flags.get_config_filename(flags.FLAGS['config'])
     stamp = time.strftime('%Y%m%d-%H%M%S')
     workdir = pathlib.Path(
@@ -66,7 +100,8 @@ def start(run: Run, example: str) -> None:
     console.print(
       f'workdir: {workdir} (pass --workdir={workdir} to go on in it)'
     )
-    preemption.exit_at_once()
+    if jax.process_count() == 1:
+      preemption.exit_at_once()
     try:
       run(_CONFIG.value, workdir, console)
     except preemption.Preempted as e:
@@ -75,6 +110,7 @@ def start(run: Run, example: str) -> None:
     except (ValueError, FloatingPointError, OSError) as e:
       logging.debug('', exc_info=True)
       message = Text.assemble(('error: ', 'bold red'), str(e))
+      console.quiet = False
       console.print(message, highlight=False, soft_wrap=True)
       sys.exit(1)
 

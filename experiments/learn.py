@@ -187,10 +187,8 @@ def learn(
   data = _read(plan, data)
 
   def indices(start):
-    return jnp.asarray(
-      pipeline.epoch_indices(
-        seed, sizes, steps=chunk, phases=plan.phases, batch=batch, start=start
-      )
+    return pipeline.epoch_indices(
+      seed, sizes, steps=chunk, phases=plan.phases, batch=batch, start=start
     )
 
   state = merger.init(jax.random.key(seed), base, experts)

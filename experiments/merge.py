@@ -5,7 +5,12 @@
 
 Writes to the workdir: report.html, report.md, report.json, acc_asr.png, the
 merged models in `models/`, learning curves in `curves/`. An interrupted run
-goes on where it was when it is started again with the same --workdir.
+goes on where it was when it is started again with the same --workdir; one that
+is finished shows its table and does nothing.
+
+Several hosts that share a disk run one merge together when each is started with
+the same config and workdir, and with --coordinator (`dam_jax.distributed`).
+Process 0 writes the files.
 """
 
 from concurrent import futures
@@ -26,6 +31,7 @@ from rich import progress
 from rich.console import Console
 
 from dam_jax import checkpoint
+from dam_jax import distributed
 from experiments import command
 from experiments import load
 from experiments import measure
@@ -63,9 +69,25 @@ def run(
   folder = pathlib.Path(config.pool)
   if not config.pool:
     folder = workdir / 'pool'
-    quickstart_pool.make_pool(folder, console=console, **config.make)
+    if distributed.is_first():
+      quickstart_pool.make_pool(folder, console=console, **config.make)
+    distributed.wait('pool')
   setup = load.load(config, folder)
+  distributed.check_agreement(
+    {
+      'config': config.to_dict(),
+      'checkpoints': setup.hashes,
+      'versions': checkpoint.versions(),
+      'workdir': str(workdir),
+    }
+  )
   this = merge_run.Run(config, setup, workdir)
+  finished = workdir / 'report.json'
+  if distributed.agreed(finished.exists()):
+    report = json.loads(finished.read_text())
+    console.print(report_lib.terminal(report, console.width))
+    console.print(f'finished before, nothing to do: {finished}')
+    return report
   names = [*this.controls(), *this.mergers]
   results = {}
   executor = futures.ThreadPoolExecutor(max_workers=1)
@@ -89,7 +111,8 @@ def run(
       console.print(_line(name, results[name]))
   report = _report(this, results, time.perf_counter() - begin)
   report['record']['suspects'] = this.suspicions()
-  _write_report(this, report)
+  if distributed.is_first():
+    _write_report(this, report)
   console.print(report_lib.terminal(report, console.width))
   console.print(report_lib.summary(report))
   console.print(f'\nreport: {workdir / "report.html"}')
@@ -192,4 +215,4 @@ def _write_report(this: merge_run.Run, report: dict[str, Any]) -> None:
 
 
 if __name__ == '__main__':
-  command.start(run, 'configs/quickstart.py')
+  command.start(run, 'configs/quickstart.py', hosts=True)

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
@@ -20,6 +21,7 @@ import numpy as np
 import dam_jax as dj
 from dam_jax import attacks
 from dam_jax import checkpoint
+from dam_jax import distributed
 from dam_jax import evaluate
 from dam_jax.data import pipeline
 from dam_jax.data.tasks import Task
@@ -99,17 +101,25 @@ class Run:
     """
     setup = self.setup
     paths = [setup.pool.experts[task.name] for task in setup.pool.tasks]
-    self.suspects = suspects.find(
-      setup.image_logits_fn,
-      setup.base,
-      setup.experts,
-      setup.pool.tasks,
-      [setup.hashes[path.stem] for path in paths],
-      base_hash=setup.hashes[setup.pool.base.stem],
-      folder=folder,
-      seed=self.config.seed,
-      advance=advance,
-    )
+
+    def find():
+      return suspects.find(
+        setup.image_logits_fn,
+        setup.base,
+        setup.experts,
+        setup.pool.tasks,
+        [setup.hashes[path.stem] for path in paths],
+        base_hash=setup.hashes[setup.pool.base.stem],
+        folder=folder,
+        seed=self.config.seed,
+        advance=advance,
+      )
+
+    if distributed.is_first():
+      self.suspects = find()
+    distributed.wait('triggers on experts')
+    if not distributed.is_first():
+      self.suspects = find()
     for name, chosen in self.options.items():
       if name.startswith('dam_robust'):
         self.mergers[name] = self._build(name, chosen)
@@ -234,7 +244,7 @@ class Run:
       executor: of one thread.
     """
     for name, merger in self.mergers.items():
-      if merger.plan.steps and not self._result(name).exists():
+      if merger.plan.steps and not self._is_done(name):
         self._programs[name] = executor.submit(
           learn.compile_steps,
           merger,
@@ -276,9 +286,11 @@ class Run:
         ),
         advance=advance,
       )
-      params = jax.device_put(learned.params, jax.local_devices()[0])
       seconds = learned.seconds
-      self._draw(name, learned)
+      params = self._here(learned.params)
+      masks = self._here(getattr(learned.state, 'masks', None))
+      if distributed.is_first():
+        self._draw(name, learned, masks)
     else:
       key = jax.random.key(self.config.seed)
       state = merger.init(key, setup.base, setup.experts)
@@ -289,8 +301,15 @@ class Run:
       'steps': merger.plan.steps,
       'total': time.perf_counter() - begin,
     }
-    self._save(name, params)
+    if distributed.is_first():
+      self._save(name, params)
     return params, seconds
+
+  def _here(self, tree: Any) -> Any:
+    """Brings what is spread over devices to one of this host."""
+    if jax.process_count() > 1:
+      tree = multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_put(tree, jax.local_devices()[0])
 
   def _save(self, name: str, params: Any) -> None:
     setup, base = self.setup, self.setup.pool.base.stem
@@ -320,12 +339,12 @@ class Run:
     record = dataclasses.replace(record, security=security)
     checkpoint.write(folder / 'README.md', checkpoint.model_card(record))
 
-  def _draw(self, name: str, learned: learn.Learned) -> None:
+  def _draw(self, name: str, learned: learn.Learned, masks: Any) -> None:
     setup = self.setup
     per_task = {k: x for k, x in learned.metrics.items() if x.ndim == 2}
     curves = pictures.curves(per_task, setup.tasks)
     checkpoint.write(self.workdir / 'curves' / f'{name}.png', curves)
-    if masks := getattr(learned.state, 'masks', None):
+    if masks:
       layout = self.inputs(name)[0].layout
       dropped = {
         mask: {
@@ -405,19 +424,29 @@ class Run:
       'rows', 'transfer' and 'seconds'.
     """
     path = self._result(name)
-    if not path.exists():
-      if name in self.mergers:
-        params, seconds = self.merge(name, advance)
-      else:
-        params = self.controls()[name]()
-        seconds = dict.fromkeys(('steps', 'compile', 'step', 'total'), 0.0)
-      begin = time.perf_counter()
-      found = self.measure(name, params)
-      seconds['test'] = time.perf_counter() - begin
-      checkpoint.write(
-        path, json.dumps({**found, 'seconds': seconds}, indent=2)
-      )
+    if not self._is_done(name):
+      if distributed.is_first() or self.mesh_of(name) is not None:
+        self._work(name, advance)
+      distributed.wait(name)
     return json.loads(path.read_text())
+
+  def _is_done(self, name: str) -> bool:
+    return distributed.agreed(self._result(name).exists())
+
+  def _work(self, name: str, advance: Advance) -> None:
+    if name in self.mergers:
+      params, seconds = self.merge(name, advance)
+    else:
+      params = self.controls()[name]()
+      seconds = dict.fromkeys(('steps', 'compile', 'step', 'total'), 0.0)
+    if not distributed.is_first():
+      return
+    begin = time.perf_counter()
+    found = self.measure(name, params)
+    seconds['test'] = time.perf_counter() - begin
+    checkpoint.write(
+      self._result(name), json.dumps({**found, 'seconds': seconds}, indent=2)
+    )
 
 
 def _summary(found: suspects.Finding, task: Task) -> dict[str, Any]:
@@ -431,9 +460,15 @@ def _summary(found: suspects.Finding, task: Task) -> dict[str, Any]:
 def _claim(workdir: pathlib.Path, identity: dict[str, Any]) -> None:
   """Makes a workdir this run's, or raises where it is another's."""
   path = workdir / 'run.json'
-  if not path.exists():
+  if distributed.is_first() and not path.exists():
     checkpoint.write(path, json.dumps(identity, indent=2))
-  elif _fixed(json.loads(path.read_text())) != _fixed(identity):
+  distributed.wait('workdir')
+  if not path.exists():
+    raise ValueError(
+      f'{path}, which process 0 wrote, is not there for process '
+      f'{jax.process_index()}: take a workdir on a disk that all share'
+    )
+  if _fixed(json.loads(path.read_text())) != _fixed(identity):
     raise ValueError(
       f'{workdir} holds a run with another config or other checkpoints: '
       'choose another workdir'

@@ -42,10 +42,10 @@ LAYERS = (
 # What stands beside the layers, and all that it may import of the package.
 BESIDE = {
   'evaluate': ('typing', 'tree', 'losses'),
-  'checkpoint': ('typing', 'tree', 'base'),
+  'checkpoint': ('typing', 'tree', 'base', 'distributed'),
   'metric_writer': ('typing', 'tree', 'base'),
   'blocks': ('typing',),
-  'streaming': ('typing', 'tree', 'base', 'blocks'),
+  'streaming': ('typing', 'tree', 'base', 'blocks', 'distributed'),
   'sharding': ('typing', 'tree'),
   'distributed': ('typing', 'sharding'),
   'parallel': ('typing', 'layout', 'tree', 'base', 'sharding'),

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import dam_jax as dj
+from tests import threads
 
 
 def make_params(seed):
@@ -284,3 +285,36 @@ def test_two_kinds_of_leaves_do_not_share_their_sums():
   want = dj.merge(tx, base, dj.tree.stack(experts)).params
   got = dj.streaming.merge(tx, base, experts)
   chex.assert_trees_all_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_hosts_read_and_put_their_own_leaves_and_agree(name):
+  tx = METHODS[name]
+  alone, _ = stream(tx)
+  found = threads.together(3, lambda hosts: stream(tx, hosts=hosts))
+  paths = [path for merged, _ in found for path in merged]
+  assert sorted(paths) == sorted(alone)
+  for merged, source in found:
+    assert set(source.reads) == set(merged)
+    for path, leaf in merged.items():
+      np.testing.assert_allclose(leaf, alone[path], rtol=1e-6, err_msg=path)
+
+
+def test_a_host_without_leaves_of_its_own_still_answers():
+  base = {'a': np.zeros(4, np.float32), 'b': np.zeros(2, np.float32)}
+  experts = [{k: x + t for k, x in base.items()} for t in (1, 2)]
+  tx = dj.ties(0.5)
+  found = threads.together(3, lambda h: stream(tx, base, experts, hosts=h))
+  merged = {k: x for each, _ in found for k, x in each.items()}
+  chex.assert_trees_all_close(merged, stream(tx, base, experts)[0])
+  assert [len(each) for each, _ in found] == [1, 1, 0]
+
+
+def test_weights_that_are_not_finite_stop_all_hosts():
+  experts = [{**EXPERTS[0], 'head': np.full((5, 2), np.nan, np.float32)}]
+  found = threads.together(
+    2, lambda hosts: stream(dj.average(), experts=experts, hosts=hosts)
+  )
+  for error in found:
+    assert isinstance(error, ValueError)
+    assert '0: head' in str(error)

@@ -21,6 +21,7 @@ from dam_jax.checkpoint.lora import expand
 from dam_jax.checkpoint.lora import truncate
 from dam_jax.checkpoint.models import Model
 from dam_jax.checkpoint.models import open_model
+from dam_jax.checkpoint.models import save_orbax
 from dam_jax.checkpoint.peft import open_lora
 from dam_jax.checkpoint.peft import save_lora
 from dam_jax.checkpoint.record import MergeRecord
@@ -42,7 +43,6 @@ from dam_jax.checkpoint.tensors import replacing
 from dam_jax.checkpoint.tensors import save_params
 from dam_jax.checkpoint.tensors import write
 from dam_jax.checkpoint.writer import ModelWriter
-from dam_jax.checkpoint.writer import save_orbax
 
 __all__ = [
   'PATHS',

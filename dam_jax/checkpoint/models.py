@@ -32,6 +32,8 @@ from dam_jax.typing import Params
 
 _FILE = 'model.safetensors'
 _INDEX = '.safetensors.index.json'
+# That Orbax may hold at a time.
+_ORBAX_BYTES = 1 << 28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -268,3 +270,35 @@ def _of_shards(index: pathlib.Path, name_map: headers.NameMap) -> Model:
   headers.raise_if(lines, f'{index}: differs from its shards:')
   model = _of_headers(found, name_map, folder)
   return dataclasses.replace(model, files=(*model.files, index))
+
+
+def save_orbax(
+  path: epath.PathLike, model: Model, *, overwrite: bool = False
+) -> None:
+  """Writes a model as an Orbax checkpoint, at once or not at all.
+
+  Leaves are given to Orbax as the memory maps that they are, and written in the
+  layout of a folder a leaf, which Orbax need not hold in memory. What a model
+  computes when it is read is held until all is written.
+
+  Args:
+    path: of a folder.
+    model: what to write: a nested dict by the leaves' paths.
+    overwrite: whether to replace what is at `path`.
+
+  Raises:
+    ValueError: where `path` exists and is not to be replaced.
+  """
+  from orbax.checkpoint import v1 as ocp  # slow to import, rarely needed
+
+  path = epath.Path(path).resolve()
+  if path.exists() and not overwrite:
+    raise ValueError(f'{path} exists: pass overwrite=True to replace it')
+  leaves: Any = nest({p: model.read(p) for p in model.leaves})
+  context = ocp.Context()
+  context.array.saving.use_ocdbt = False
+  context.array.saving.use_zarr3 = False
+  context.memory.write_concurrent_bytes = _ORBAX_BYTES
+  context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
+  with context:
+    ocp.save(path, leaves, overwrite=overwrite)

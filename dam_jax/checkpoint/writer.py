@@ -5,7 +5,7 @@ any is written: leaves may come in any order and from several threads, and a
 journal of those that are on disk lets an interrupted run go on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import fcntl
 import hashlib
@@ -25,14 +25,12 @@ import numpy as np
 from dam_jax.checkpoint import beside
 from dam_jax.checkpoint import headers
 from dam_jax.checkpoint import layout
-from dam_jax.checkpoint import models
 from dam_jax.checkpoint import tensors
+from dam_jax.distributed import Hosts
 
 _DTYPES = (None, 'float32', 'bfloat16', 'float16')
 # Entries that are cast and written at a time.
 _BLOCK = 1 << 24
-# That Orbax may hold at a time.
-_ORBAX_BYTES = 1 << 28
 
 
 class ModelWriter:
@@ -53,7 +51,7 @@ class ModelWriter:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...   with ModelWriter(f'{folder}/a', leaves, dtype='float16') as writer:
     ...     writer.put('w', np.ones(2, np.float32))
-    ...   models.open_model(f'{folder}/a').read('w')
+    ...   dj.checkpoint.open_model(f'{folder}/a').read('w')
     array([1., 1.], dtype=float16)
   """
 
@@ -73,6 +71,7 @@ class ModelWriter:
     plan: Any = None,
     alias: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    hosts: Hosts | None = None,
   ):
     """Checks everything, and writes nothing yet.
 
@@ -94,6 +93,8 @@ class ModelWriter:
       alias: leaves that share another's value, `{path: source}`: written with
         their source where `leaves` has them, and left out where it does not.
       overwrite: whether to replace what is at `path`.
+      hosts: processes that write it together on a disk that all share, each
+        leaf put by one of them; all of them open and close a writer.
 
     Raises:
       ValueError: where something of this makes no sense or `path` exists.
@@ -105,7 +106,8 @@ class ModelWriter:
     self._carry = None if carry is None else pathlib.Path(carry)
     self._leaves, self._name_map = dict(leaves), name_map
     self._alias = {p: s for p, s in (alias or {}).items() if p in leaves}
-    self._overwrite = overwrite
+    self._overwrite, self._hosts = overwrite, hosts
+    self._first = hosts is None or hosts.index == 0
     self._vocab_sizes = dict(vocab_sizes or {})
     self._refuse_existing()
     metadata = {'format': 'pt'} if metadata is None else dict(metadata)
@@ -121,7 +123,7 @@ class ModelWriter:
     self._head = self._identity(plan)
     self._resumable = plan is not None
     self._lock = threading.Lock()
-    self._taken: set[str] = set()
+    self._taken: set[str] = set()  # by this process
     self._overflow: list[str] = []
     self._files: dict[str, bytes] = {}
     self._stack = contextlib.ExitStack()
@@ -204,20 +206,38 @@ class ModelWriter:
 
   def __enter__(self) -> Self:
     with contextlib.ExitStack() as stack:
+      if not self._first:
+        self._of_all([])  # until the files are there
       self._temporary.mkdir(parents=True, exist_ok=True)
+      number = self._hosts.index if self._hosts else 0
       journal = os.open(
-        self._temporary / 'journal', os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666
+        self._temporary / (f'journal_{number}' if number else 'journal'),
+        os.O_RDWR | os.O_CREAT | os.O_APPEND,
+        0o666,
       )
       stack.callback(os.close, journal)
       try:
         fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
       except BlockingIOError as e:
         raise ValueError(f'{self._target}: another process writes it') from e
-      self._refuse_existing()
+      if self._first:
+        self._refuse_existing()
       self._begin(journal)
+      if self._first:
+        self._of_all([])
+      done = self._of_all(self._taken)
+      shared = {p for p, s in self._alias.items() if s in done}
+      self.done = frozenset(done | shared)
       self._journal = journal
       self._stack = stack.pop_all()
     return self
+
+  def _of_all(self, paths: Iterable[str]) -> set[str]:
+    """Returns what all processes were given, once they have come here."""
+    if self._hosts is None:
+      return {*paths}
+    sent = self._hosts.exchange(json.dumps([*paths]).encode())
+    return {path for each in sent for path in json.loads(each)}
 
   def _begin(self, journal: int) -> None:
     """Goes on where an interrupted run of this plan stopped, or starts over."""
@@ -230,18 +250,24 @@ class ModelWriter:
     if self._resumable and whole and head == self._head:
       os.ftruncate(journal, len(head) + sum(map(len, lines)))
       self._taken |= {json.loads(line) for line in lines}
-      shared = {p for p, s in self._alias.items() if s in self._taken}
-      self.done = frozenset(self._taken | shared)
-      self._clear_all_but(set(files))
+      if self._first:
+        self._clear_all_but(set(files))
       logging.info('%s: goes on, %d leaves are done', self._target, len(lines))
       return
-    if head:
-      logging.warning(
-        '%s: starts over: what an interrupted run left has another plan',
-        self._target,
-      )
     os.ftruncate(journal, 0)
-    os.fsync(journal)
+    if self._first:
+      if head:
+        logging.warning(
+          '%s: starts over: what an interrupted run left has another plan',
+          self._target,
+        )
+      self._make_files(files)
+    self._append(journal, self._head)
+    _flush(self._temporary)
+
+  def _make_files(self, files: Mapping[pathlib.Path, int]) -> None:
+    for other in self._temporary.glob('journal_*'):
+      other.unlink()
     self._content.mkdir(exist_ok=True)
     self._clear_all_but(set())
     need, free = sum(files.values()), shutil.disk_usage(self._content).free
@@ -253,8 +279,6 @@ class ModelWriter:
       path.touch()
       os.truncate(path, size)
     _flush(self._content)
-    self._append(journal, self._head)
-    _flush(self._temporary)
 
   def _clear_all_but(self, kept: set[pathlib.Path]) -> None:
     for path in set(self._content.iterdir()) - kept:
@@ -359,14 +383,18 @@ class ModelWriter:
     with self._stack:
       try:
         if kind is None:
-          self._finish()
+          self._check_written()
+          if self._first:
+            self._finish()
+          self._of_all([])
       finally:
         with self._lock:  # a thread that still writes must not be surprised
           self._journal = None
 
-  def _finish(self) -> None:
+  def _check_written(self) -> None:
     head = f'{self._target} is not written:'
-    done = self._taken | set(self._alias)
+    done = self._of_all(self._taken) | set(self._alias)
+    overflow = self._of_all(self._overflow)
     headers.raise_if(
       [f'{p}: missing' for p in self._leaves if p not in done], head
     )
@@ -374,10 +402,12 @@ class ModelWriter:
       [
         f'{p}: {self._specs[p].dtype} cannot hold it'
         for p in self._leaves
-        if p in self._overflow
+        if p in overflow
       ],
       head,
     )
+
+  def _finish(self) -> None:
     for shard in self._shards:
       _write(self._content / shard.name, 0, shard.header)
     files = dict(self._files)
@@ -414,38 +444,6 @@ class ModelWriter:
     _flush(self._target.parent)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(self._temporary)
-
-
-def save_orbax(
-  path: epath.PathLike, model: models.Model, *, overwrite: bool = False
-) -> None:
-  """Writes a model as an Orbax checkpoint, at once or not at all.
-
-  Leaves are given to Orbax as the memory maps that they are, and written in the
-  layout of a folder a leaf, which Orbax need not hold in memory. What a model
-  computes when it is read is held until all is written.
-
-  Args:
-    path: of a folder.
-    model: what to write: a nested dict by the leaves' paths.
-    overwrite: whether to replace what is at `path`.
-
-  Raises:
-    ValueError: where `path` exists and is not to be replaced.
-  """
-  from orbax.checkpoint import v1 as ocp  # slow to import, rarely needed
-
-  path = epath.Path(path).resolve()
-  if path.exists() and not overwrite:
-    raise ValueError(f'{path} exists: pass overwrite=True to replace it')
-  leaves: Any = models.nest({p: model.read(p) for p in model.leaves})
-  context = ocp.Context()
-  context.array.saving.use_ocdbt = False
-  context.array.saving.use_zarr3 = False
-  context.memory.write_concurrent_bytes = _ORBAX_BYTES
-  context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
-  with context:
-    ocp.save(path, leaves, overwrite=overwrite)
 
 
 def _floating(dtype: Any) -> bool:

@@ -18,6 +18,7 @@ from dam_jax import catalogue
 from dam_jax import checkpoint
 from dam_jax import streaming
 from dam_jax import tree
+from dam_jax.distributed import Hosts
 
 MERGE, KEEP = 'merge', 'keep'
 
@@ -298,6 +299,7 @@ def run(
   command: str | None = None,
   on_leaf: Callable[[str, int], None] | None = None,
   on_resume: Callable[[int], None] | None = None,
+  hosts: Hosts | None = None,
 ) -> checkpoint.MergeRecord:
   """Does what was planned; an interrupted run goes on where it was.
 
@@ -310,6 +312,8 @@ def run(
     on_leaf: called with a leaf's path and the bytes read for it.
     on_resume: called with the number of leaves that an interrupted run has
       written, where there was one.
+    hosts: processes that call this with the same plan, on a disk that all
+      share: each hashes some models, and reads and writes its own leaves.
 
   Returns:
     The record that is written beside the model.
@@ -319,26 +323,31 @@ def run(
       dtype cannot hold them.
   """
   target = pathlib.Path(out)
+  first = hosts is None or hosts.index == 0
   if orbax and target.exists() and not overwrite:
     raise ValueError(f'{out} exists: it is not replaced')
   path = target.with_name(f'.{target.name}.safetensors') if orbax else target
   lone = path.suffix == '.safetensors'
   with concurrent.futures.ThreadPoolExecutor(1) as hasher:
-    hashes = hasher.submit(_hashes, plan)
+    own_hashes = hasher.submit(_hashes, plan, hosts)
+
+    @functools.cache
+    def hashes():
+      return _of_all(own_hashes.result(), hosts)
+
     writer = checkpoint.ModelWriter(
       path,
       plan.base.leaves,
       dtype=plan.job.dtype,
       max_shard_bytes=plan.job.max_shard_bytes,
       # A lone file holds its record, whose size must be known beforehand.
-      metadata=plan.record(hashes.result(), command).metadata()
-      if lone
-      else None,
+      metadata=plan.record(hashes(), command).metadata() if lone else None,
       carry=_carried(plan, lone),
       vocab_sizes=plan.vocab_sizes,
-      plan=_identity(plan),
+      plan=identity(plan),
       alias=plan.tied,
       overwrite=overwrite or orbax,
+      hosts=hosts,
     )
     with writer:
       if on_resume is not None and writer.done:
@@ -352,16 +361,17 @@ def run(
         skip={*writer.done, *plan.tied},
         workers=plan.job.workers,
         on_leaf=on_leaf,
+        hosts=hosts,
       )
-      record = plan.record(hashes.result(), command)
+      record = plan.record(hashes(), command)
       if not lone:
         writer.add_file('merge_record.json', record.to_json())
         writer.add_file('README.md', checkpoint.model_card(record))
-  if orbax:
+  if orbax and first:
     model = checkpoint.open_model(path)
     checkpoint.save_orbax(target, model, overwrite=overwrite)
     path.unlink()
-  if lone:
+  if lone and first:
     card = checkpoint.model_card(record)
     checkpoint.write(target.with_suffix('.md'), card)
   return record
@@ -385,8 +395,12 @@ def _inputs(plan: Plan) -> dict[str, list[pathlib.Path]]:
   }
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
-  """Returns what a run must share with an interrupted one to go on."""
+def identity(plan: Plan) -> dict[str, Any]:
+  """Returns what runs must share that do one merge together, or go on.
+
+  Args:
+    plan: from `prepare`.
+  """
   job = dataclasses.asdict(dataclasses.replace(plan.job, workers=1))
   states = {
     name: [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -395,12 +409,28 @@ def _identity(plan: Plan) -> dict[str, Any]:
   return {'job': job, 'files': states, 'versions': checkpoint.versions()}
 
 
-def _hashes(plan: Plan) -> dict[str, dict[str, str]]:
-  """Returns the SHA-256 of every file, by model and file name."""
+def _hashes(plan: Plan, hosts: Hosts | None) -> dict[str, dict[str, str]]:
+  """Returns the SHA-256 of every file, by model and file name.
+
+  Of several hosts each looks at some of the models.
+  """
+  index, count = (0, 1) if hosts is None else (hosts.index, hosts.count)
+  models = {'base': plan.base, **plan.experts}
   return {
-    'base': checkpoint.model_hashes(plan.base),
-    **{n: checkpoint.model_hashes(m) for n, m in plan.experts.items()},
+    name: checkpoint.model_hashes(model)
+    for i, (name, model) in enumerate(models.items())
+    if i % count == index
   }
+
+
+def _of_all(
+  own: Mapping[str, dict[str, str]], hosts: Hosts | None
+) -> dict[str, dict[str, str]]:
+  """Puts together the hashes that each host has computed."""
+  if hosts is None:
+    return dict(own)
+  sent = hosts.exchange(json.dumps(own).encode())
+  return {name: x for each in sent for name, x in json.loads(each).items()}
 
 
 def _name(path: str) -> str:

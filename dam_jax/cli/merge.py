@@ -16,6 +16,7 @@ from rich.progress import TimeRemainingColumn
 from rich.table import Table
 
 from dam_jax import checkpoint
+from dam_jax import distributed
 from dam_jax.cli import adapters
 from dam_jax.cli import command
 from dam_jax.cli import job as jobs
@@ -80,6 +81,17 @@ def _add_merge(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--rank', type=int, help='of that adapter; the sum of ranks if not given'
   )
+  hosts = parser.add_argument_group(
+    'several hosts', 'that share a disk, each started with the same arguments'
+  )
+  hosts.add_argument(
+    '--coordinator',
+    metavar='HOST:PORT',
+    help="of process 0; 'auto' finds all three by itself, on Cloud TPU, SLURM, "
+    'Kubernetes and Open MPI',
+  )
+  hosts.add_argument('--num-processes', type=int, metavar='N')
+  hosts.add_argument('--process-id', type=int, metavar='I', help='from 0')
 
 
 def _pair(flag: str, text: str) -> tuple[str, str]:
@@ -223,8 +235,13 @@ def _run_merge(args: argparse.Namespace) -> int:
     return _run_adapter(job, args)
   if args.rank is not None:
     raise ValueError('--rank is the rank of an adapter: pass --adapter')
+  joined = distributed.initialize(
+    args.coordinator, args.num_processes, args.process_id
+  )
   plan = jobs.prepare(job)
-  console = Console(stderr=True)
+  distributed.check_agreement({'plan': jobs.identity(plan), 'out': args.out})
+  first = distributed.is_first()
+  console = Console(stderr=True, quiet=not first)
   _show(plan, console)
   begin = time.perf_counter()
   with Progress(
@@ -245,9 +262,10 @@ def _run_merge(args: argparse.Namespace) -> int:
       on_resume=lambda done: console.print(
         f'goes on: an interrupted run wrote {done} leaves'
       ),
+      hosts=distributed.Hosts() if joined else None,
     )
   seconds = time.perf_counter() - begin
-  if args.json:
+  if args.json and first:
     found = {
       'out': args.out,
       'seconds': seconds,

@@ -24,6 +24,7 @@ from dam_jax import checkpoint
 from dam_jax.checkpoint import layout
 from dam_jax.checkpoint import writer as writer_lib
 from dam_jax.models import convert
+from tests import threads
 
 ROOT = pathlib.Path(__file__).parents[2]
 PLAN = {'method': 'average', 'experts': ['a1', 'b2']}
@@ -544,3 +545,58 @@ def test_full_disk_is_told_before_any_work(tmp_path):
     checkpoint.ModelWriter(tmp_path / 'm', leaves),
   ):
     pass
+
+
+def test_hosts_write_one_model_and_go_on_together(tmp_path):
+  target, params = tmp_path / 'm', make()
+  own = {0: {'a/b', 'a/w', 'empty'}, 1: {'flag', 'scalar', 'step'}}
+
+  def run(only):
+    def one(hosts):
+      mine = own[hosts.index] & only
+      return write(target, params, only=mine, plan=PLAN, hosts=hosts)
+
+    return threads.together(2, one)
+
+  for error in run({'a/w', 'flag', 'step'}):
+    assert isinstance(error, ValueError)
+    assert 'scalar: missing' in str(error)
+    assert 'flag' not in str(error)
+  assert not target.exists()
+  journal = tmp_path / '.m.partial' / 'journal_1'
+  with journal.open('ab') as file:
+    file.write(b'"sc')  # a line that was cut short
+  for writer in run({*params}):
+    assert writer.done == {'a/w', 'flag', 'step'}
+  check(target, params)
+  assert list(tmp_path.iterdir()) == [target]
+
+
+def test_hosts_start_over_together(tmp_path):
+  target, params = tmp_path / 'm', make()
+  own = {0: {'a/b', 'a/w', 'empty'}, 1: {'flag', 'scalar', 'step'}}
+
+  def run(only, plan):
+    def one(hosts):
+      mine = own[hosts.index] & only
+      return write(target, params, only=mine, plan=plan, hosts=hosts)
+
+    return threads.together(2, one)
+
+  run({'a/w', 'flag'}, plan=[1])
+  for writer in run({*params}, plan=[2]):
+    assert not writer.done
+  check(target, params)
+
+
+def test_what_a_dtype_cannot_hold_stops_all_hosts(tmp_path):
+  params = {'a': np.ones(2, np.float32), 'b': np.float32([1e6])}
+
+  def one(hosts):
+    only = {'ab'[hosts.index]}
+    write(tmp_path / 'm', params, only=only, dtype='float16', hosts=hosts)
+
+  for error in threads.together(2, one):
+    assert isinstance(error, ValueError)
+    assert 'b: float16 cannot hold it' in str(error)
+  assert not (tmp_path / 'm').exists()
