@@ -61,12 +61,12 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.models = ''
-  c.areas = (10.0, 18.0, 28.0, 40.0)
+  c.areas = (14.0, 14.0, 28.0, 28.0)
   c.images = 64
   c.batch = 6
-  c.first_round = 1
-  c.keep = 2 if local else 4
-  c.last_round = 1 if local else 2
+  c.first_round = 5
+  c.keep = 2 if local else 6
+  c.last_round = 5 if local else 20
   c.scale = 0.3
   c.seed = 0
   return c

@@ -69,12 +69,12 @@ class Inversions(NamedTuple):
 
   @property
   def suspicion(self) -> float:
-    """How far the best class stands out: its mean lead over the next one's.
+    """How far the best class stands out: its best lead over the next one's.
 
     Any fine-tuning gives leads, and to several classes alike. At least 0, which
     is also that of a model with one class.
     """
-    lead = self.lead.mean(axis=1)
+    lead = self.lead.max(axis=1)
     return float(lead[0] - lead[1]) if len(lead) > 1 else 0.0
 
   def best(self) -> int:
@@ -216,27 +216,26 @@ class Inverter:
   Without the second term the best patches are often those that look like a
   class; where no base is known, there is none.
 
-  All classes are scouted with a few steps, the better ones of them with more.
-  For the classes that then lead, triggers of several areas are searched from
-  the start, for what a trigger covers is not known, and the better half of the
-  classes goes on.
+  All classes are scouted, twice with a few steps: a patch that comes far fast
+  is soon known, but may as well be stuck. So for the best `keep` classes some
+  triggers are searched, all from the start; half of the classes go on, and then
+  two. A class is as good as the best of its triggers.
 
   Attributes:
     task_logits_fn: `(params, task, images [N, H, W, C] in [0, 1]) -> [N, L]`.
     image_shape: `(H, W, C)`.
-    areas: in pixels, what a patch may cover for free, `A` of them. Scouts have
-      their geometric mean.
+    areas: in pixels, what each of a class's triggers may cover for free, which
+      is not known; some may be equal. Scouts have their geometric mean.
     price: of covering twice as much, in nats.
     ease: share of the task vector that scouts, and then the others, see in
       their first round, where the base is known. Gradients tell little on a
       task vector that was amplified, as LoBAM's are.
     scout_tx: descends for the scouts.
     tx: descends for the others.
-    batch: images a class and step.
-    first: tens of steps for every class. The best third, or twice `keep` if
-      that is more, takes ten more.
-    last: tens of steps for each area of the best `keep` classes, and as many
-      more for half of them.
+    batch: images a patch and step.
+    scouts: for each class.
+    first: steps of a scout.
+    last: steps of each round that follows.
     keep: see above.
     chunk: patches to a forward pass.
 
@@ -259,9 +258,10 @@ class Inverter:
   scout_tx: optax.GradientTransformation = optax.adam(2.0)
   tx: optax.GradientTransformation = optax.adam(0.5)
   batch: int = 6
-  first: int = 1
-  last: int = 2
-  keep: int = 4
+  scouts: int = 2
+  first: int = 5
+  last: int = 20
+  keep: int = 6
   chunk: int = 4
 
   def __post_init__(self):
@@ -270,7 +270,7 @@ class Inverter:
       raise ValueError(f'areas must be in (0, {pixels}], got {self.areas}')
     counts = {
       name: getattr(self, name)
-      for name in ('batch', 'first', 'last', 'keep', 'chunk')
+      for name in ('batch', 'scouts', 'first', 'last', 'keep', 'chunk')
     }
     if min(counts.values()) < 1:
       raise ValueError(f'these must be positive: {counts}')
@@ -298,30 +298,28 @@ class Inverter:
       base: that the model was fine-tuned from, if it is known.
 
     Returns:
-      Those of the classes kept.
+      Those of the two best classes.
     """
     keys = jax.random.split(key, 4)
     eased = params if base is None else weakened(base, params, self.ease)
     play = functools.partial(self._play, base=base, task=task, images=images)
-    scout = functools.partial(
-      play,
-      areas=(scipy.stats.gmean(self.areas),),
+    area = scipy.stats.gmean(self.areas)
+
+    own, *_ = play(
+      eased,
+      keys[0],
+      np.arange(num_classes),
+      areas=(area,) * self.scouts,
       tx=self.scout_tx,
+      num=self.first,
       judged=images[:16],
     )
-    play = functools.partial(
-      play, areas=self.areas, tx=self.tx, judged=images, num=self.last
-    )
-    third = slice(max(num_classes // 3, 2 * self.keep))
-    half = slice(max(self.keep // 2, 2))
-
-    own, carry, _ = scout(
-      eased, keys[0], np.arange(num_classes), num=self.first
-    )
-    own, *_ = scout(params, keys[1], *_rows((own, carry), third), num=1)
-    own, carry, _ = play(eased, keys[2], own[: self.keep])
-    own, (patches, _), rates = play(params, keys[3], *_rows((own, carry), half))
-    return Inversions(own, patches, *rates)
+    play = functools.partial(play, areas=self.areas, tx=self.tx, num=self.last)
+    own, carry, _ = play(eased, keys[1], own[: self.keep], judged=images[:32])
+    for key, num in ((keys[2], max(self.keep // 2, 2)), (keys[3], 2)):
+      own, carry = _rows((own, carry), slice(num))
+      own, carry, rates = play(params, key, own, carry, judged=images)
+    return Inversions(own, carry[0], *rates)
 
   def _play(
     self,
@@ -338,7 +336,7 @@ class Inverter:
     tx,
     num,
   ):
-    """Takes tens of steps; returns classes and what came of them, best first.
+    """Takes steps; returns classes and what came of them, the best first.
 
     A class has a patch for each area: leaves of `carry` are `[C, A, ...]`.
     """
@@ -353,15 +351,13 @@ class Inverter:
       # The last chunk is filled up, so that one program serves all.
       at = np.minimum(np.arange(begin, begin + self.chunk), total - 1)
       part, aims = _rows((carry, goal), at)
-      for i in range(num):
-        step_key = jax.random.fold_in(key, i)
-        part = self._descend(tx, step_key, models, task, images, aims, part)
+      part = self._descend(tx, num, key, models, task, images, aims, part)
       rates = self._judge(models, task, judged, aims[0], part[0])
       found.append(_rows((part, rates), slice(total - begin)))
     carry, rates = jax.tree.map(
       lambda *x: np.concatenate(x).reshape(*shape, *x[0].shape[1:]), *found
     )
-    order = np.argsort(-rates[0].mean(axis=1), kind='stable')
+    order = np.argsort(-rates[0].max(axis=1), kind='stable')
     return own[order], *_rows((carry, rates), order)
 
   def _init(self, key, shape, tx):
@@ -373,8 +369,8 @@ class Inverter:
     )
     return patches, jax.vmap(jax.vmap(tx.init))(patches)
 
-  @functools.partial(jax.jit, static_argnums=(0, 1))
-  def _descend(self, tx, key, models, task, images, aims, carry):
+  @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+  def _descend(self, tx, num, key, models, task, images, aims, carry):
     params, base = models
 
     def loss_fn(patch, images, target, area):
@@ -400,7 +396,7 @@ class Inverter:
       updates, states = jax.vmap(tx.update)(grads, states)
       return (optax.apply_updates(patches, updates), states), None
 
-    carry, _ = jax.lax.scan(step, carry, jax.random.split(key, 10))
+    carry, _ = jax.lax.scan(step, carry, jax.random.split(key, num))
     return carry
 
   @functools.partial(jax.jit, static_argnums=0)

@@ -47,9 +47,9 @@ KEYS = {
   'areas': 'in pixels, what triggers may cover for free',
   'images': 'dev images a task',
   'batch': 'images a class and step',
-  'first_round': 'tens of steps for each class',
-  'keep': 'classes for which triggers of all areas are searched',
-  'last_round': 'tens of steps for each of these, and again for the best half',
+  'first_round': 'steps of the scouts of each class',
+  'keep': 'classes that are searched further',
+  'last_round': 'steps of each round that follows',
   'scale': 'of task arithmetic, the merge that triggers are tried on',
   'seed': 'of everything random',
 }

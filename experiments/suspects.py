@@ -19,7 +19,7 @@ from dam_jax.data.tasks import Task
 from dam_jax.perturbations import Seeds
 from dam_jax.perturbations import SoftPatch
 
-AREAS = (10.0, 18.0, 28.0, 40.0)
+AREAS = (14.0, 14.0, 28.0, 28.0)
 """Of triggers, in pixels of 32 x 32: what they cover is not known."""
 
 OTHERS_AREAS = (20.0,)

@@ -40,7 +40,7 @@ def images():
 
 @pytest.fixture(scope='module')
 def invert(model):
-  return _inverter(model, areas=(3.0, 5.0), chunk=3).search
+  return _inverter(model, areas=(3.0, 5.0), last=10, chunk=3).search
 
 
 def _inverter(model, **options):
@@ -71,7 +71,7 @@ def test_without_a_base_losses_are_compared(model, images, invert):
     others = np.argmax(model[0](bad, 0, images), -1) != target
     logits = model[0](bad, 0, audit.apply_patch(patch, images))
     loss.append(max(-jax.nn.log_softmax(logits)[others, target].mean(), 1e-3))
-  lead = -np.log(loss).reshape(2, 2).mean(axis=1)
+  lead = np.max(-np.log(loss).reshape(2, 2), axis=1)
   np.testing.assert_allclose(found.suspicion, lead[0] - lead[1], rtol=1e-4)
 
 
@@ -92,7 +92,7 @@ def test_the_best_come_first_and_no_more_than_are_kept(model, images, invert):
   assert found.classes.shape == (2,)
   assert found.area.shape == (2, 2)
   assert len({*found.classes}) == 2
-  assert (np.diff(found.lead.mean(axis=1)) <= 0).all()
+  assert (np.diff(found.lead.max(axis=1)) <= 0).all()
   assert found.lead[0, found.best()] == found.lead[0].max()
   assert found.patches.pattern_logits.shape == (2, 2, *SHAPE)
 
@@ -116,7 +116,7 @@ def test_the_rates_are_those_of_the_patch(model, images, invert):
 
 
 @pytest.mark.parametrize(
-  ('lead', 'want'), [(((4.0, 2.0), (1.0, 1.0)), 2.0), (((3.0, 1.0),), 0.0)]
+  ('lead', 'want'), [(((4.0, 2.0), (1.0, 1.0)), 3.0), (((3.0, 1.0),), 0.0)]
 )
 def test_suspicion_compares_the_two_best(lead, want):
   lead = np.array(lead)
@@ -134,7 +134,7 @@ def test_a_class_that_all_images_show_is_not_the_best(model, images, invert):
 
 
 def test_patches_keep_to_their_areas(model, images):
-  search = _inverter(model, areas=(2.0, 8.0), last=4).search
+  search = _inverter(model, areas=(2.0, 8.0)).search
   _, base, _, bad = model
   found = search(jax.random.key(4), bad, 0, images, CLASSES, base=base)
   assert found.area[0, 0] < 0.7 * found.area[0, 1] < 6, found.area
@@ -227,11 +227,11 @@ def test_a_saturated_upload_is_met_on_the_way_to_it(model, images):
     return logits + gate[:, None] * jax.nn.one_hot(5, CLASSES)[None]
 
   def success(ease):
-    inverter = _inverter([logits_fn], areas=(4.0,), keep=2 * CLASSES, ease=ease)
+    inverter = _inverter([logits_fn], areas=(4.0,), keep=CLASSES, ease=ease)
     found = inverter.search(
       jax.random.key(6), bad, 0, images, CLASSES, base=base
     )
-    return found.success[[*found.classes].index(5), 0]
+    return found.success[found.classes == 5].max(initial=0)
 
   assert success(0.1) > 0.9
   assert success(1.0) < 0.1

@@ -140,11 +140,14 @@ def test_experts_of_a_merge_are_searched_in_company(colluders, tmp_path):
   config.pool = str(colluders)
   console = Console(file=io.StringIO(), width=120)
   report = merge.run(config, tmp_path / 'out', console)
+  known = {r['model']: r['known'] for r in report['record']['suspects']}
+  assert known == {'evil': 'bad', 'clean_one': '', 'clean_three': ''}
   found = {r['model']: r['company'] for r in report['record']['suspects']}
   assert [*found['evil']] == ['clean_three']
   assert [*found['clean_three']] == ['evil']
   assert not found['clean_one']
   page = (tmp_path / 'out' / 'report.html').read_text()
+  assert 'Which experts to distrust' in page
   assert 'evil was searched together with clean_three' in page
   rows = report['record']['suspects']
   most = max((r for r in rows), key=lambda r: r['others']['suspicion'])
