@@ -64,11 +64,14 @@ class Plan(NamedTuple):
     steps: how many steps it takes; 0 for a merge without data.
     phases: how many draws of images a step reads, the `S` of `Batch.images`.
     references: whether it reads `Batch.references`.
+    entrywise: whether it merges `Entrywise`: finalize then merges any part of
+      the models, and takes the `sum_parts` that tells of the others.
   """
 
   steps: int = 0
   phases: int = 0
   references: bool = False
+  entrywise: bool = False
 
 
 class Merger(NamedTuple):
@@ -203,10 +206,11 @@ def from_transform(tx: optax.GradientTransformation) -> Merger:
   def step_fn(state, base, experts, batch):
     raise ValueError('this merge reads no data: call finalize, not step')
 
-  def finalize_fn(state, base, experts):
-    return merge(tx, base, experts, state=state).params
+  def finalize_fn(state, base, experts, **extra_args):
+    return merge(tx, base, experts, state=state, **extra_args).params
 
-  return Merger(init_fn, step_fn, finalize_fn)
+  plan = Plan(entrywise=isinstance(tx, Entrywise))
+  return Merger(init_fn, step_fn, finalize_fn, plan)
 
 
 def scan_steps(

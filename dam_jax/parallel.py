@@ -128,18 +128,50 @@ def data_parallel(
 def _split_result(merger: Merger, mesh: Mesh, rules: Rules | None):
   """Returns `finalize`, compiled, whose result is split over a mesh."""
 
+  def split(params):
+    if rules is None:
+      return sharding.fsdp(params, mesh)
+    return sharding.specs(params, rules, mesh)
+
   def finalize_fn(state, base, experts):
+    if merger.plan.entrywise:
+      even = sharding.fsdp(base, mesh, least=1)
+      if all(map(any, jax.tree.leaves(even))):
+        params = _merge_parts(merger, mesh, even)(state, base, experts)
+        return _constrain_all(params, mesh, split(params))
     params = merger.finalize(state, base, experts)
-    splits = (
-      sharding.fsdp(params, mesh)
-      if rules is None
-      else sharding.specs(params, rules, mesh)
-    )
-    return jax.tree.map(
-      lambda x, spec: _constrain(x, mesh, spec), params, splits
-    )
+    return _constrain_all(params, mesh, split(params))
 
   return jax.jit(finalize_fn)
+
+
+def _merge_parts(merger: Merger, mesh: Mesh, splits: Any):
+  """Returns `finalize` whose devices each merge their part of every leaf."""
+
+  def sum_parts(part, finish, *args, group=None):
+    del group  # sums of this program cannot be mixed up
+    # Counts of the entries of a large model do not fit 32 bits.
+    with jax.enable_x64(True):
+      wide = jax.tree.map(
+        lambda x: (
+          x.astype(jnp.int64) if jnp.issubdtype(x.dtype, jnp.integer) else x
+        ),
+        part,
+      )
+      return finish(lax.psum(wide, mesh.axis_names), *args)
+
+  finalize: Any = merger.finalize
+  stacked = jax.tree.map(lambda spec: P(None, *spec), splits)
+  return jax.shard_map(
+    functools.partial(finalize, sum_parts=sum_parts),
+    mesh=mesh,
+    in_specs=(P(), splits, stacked),
+    out_specs=splits,
+  )
+
+
+def _constrain_all(params: Any, mesh: Mesh, splits: Any) -> Any:
+  return jax.tree.map(lambda x, spec: _constrain(x, mesh, spec), params, splits)
 
 
 def _splits(layout: Layout, rules: Rules | None, mesh: Mesh):

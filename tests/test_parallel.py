@@ -283,28 +283,45 @@ def test_half_precision_rounds_the_weights_of_forward_passes_alone(tiny):
   assert abs(got - loss(merged)).max() > 1e-5
 
 
-def test_merges_without_steps_stay_where_they_are(tiny):
-  mesh = sharding.make_mesh()
-  merger = dj.data_parallel(dj.from_transform(dj.task_arithmetic(0.3)), mesh)
-  rng = np.random.default_rng(0)
-  base = {'w': rng.normal(size=(64, 48)), 'b': rng.normal(size=5)}
-  experts = {
-    name: rng.normal(size=(3, *x.shape)).astype(np.float32)
-    for name, x in base.items()
-  }
-  base = jax.tree.map(np.float32, base)
+def _two_leaves(width):
+  """Returns a base, three experts, and both placed on a mesh of eight."""
+  mesh, rng = sharding.make_mesh(), np.random.default_rng(0)
+  base = {'w': (64, 48), 'b': (width,)}
+  base = {k: np.float32(rng.normal(size=x)) for k, x in base.items()}
+  experts = jax.tree.map(
+    lambda x: x[None] + np.float32(rng.normal(size=(3, *x.shape))), base
+  )
   placed = (
     sharding.put(base, mesh, sharding.fsdp(base, mesh)),
     sharding.put(experts, mesh, sharding.fsdp(experts, mesh, leading=1)),
   )
-  state = merger.init(jax.random.key(0), *placed)
-  merged = merger.finalize(state, *placed)
-  assert_close(
-    merged, dj.merge(dj.task_arithmetic(0.3), base, experts).params, rtol=1e-6
-  )
+  return mesh, base, experts, placed
+
+
+@pytest.mark.parametrize('width', [16, 5])
+@pytest.mark.parametrize(
+  'tx', [dj.task_arithmetic(0.3), dj.ties(0.3, 0.5)], ids=['sum', 'ties']
+)
+def test_merges_without_steps_give_the_same(tx, width):
+  mesh, base, experts, placed = _two_leaves(width)
+  merger = dj.data_parallel(dj.from_transform(tx), mesh)
+  merged = merger.finalize(merger.init(None, *placed), *placed)
+  assert_close(merged, dj.merge(tx, base, experts).params, rtol=1e-6)
   assert merged['w'].addressable_shards[0].data.shape == (8, 48)
-  compiled = merger.finalize.lower(state, *placed).compile().as_text()
-  assert not re.search('all-|collective|reduce-scatter', compiled)
+
+
+def test_merges_without_steps_stay_where_they_are():
+  mesh, _, _, placed = _two_leaves(16)
+  merger = dj.data_parallel(dj.from_transform(dj.ties()), mesh)
+  lowered = merger.finalize.lower(merger.init(None, *placed), *placed)
+  text = lowered.compile().as_text()
+  sent = re.findall(r'= (\S+) (all-\w+|collective\S*|reduce-scatter)\(', text)
+  # Bins of counts, and the one leaf that is whole on each device.
+  assert {re.sub(r'\{.*', '', kind) for kind, _ in sent} == {
+    's64[3,65536]',
+    's64[]',
+    'f32[16]',
+  }
 
 
 def test_what_does_not_fit_is_refused(tiny):

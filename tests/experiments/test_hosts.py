@@ -24,13 +24,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 CHANGES = {
   'bad': 'evil',
   'methods': 'dam_robust',
-  'steps': 60,
+  'steps': 24,
   'batch': 4,
   'dev': 8,
   'test_batch': 12,
   'transfer_test': 6,
   'scan_layers': False,
   'max_lost': 4,
+  'audit': False,
 }
 
 

@@ -291,16 +291,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(small_pool, tmp_path):
   assert not (tmp_path / 'results' / 'adamerging_task_wise.json').exists()
 
 
-def test_experts_are_searched_first_where_asked(small_pool, tmp_path):
-  config = _config(small_pool, audit=True, methods='dam_robust', dev=8, steps=2)
-  report = _run(config, tmp_path)
-  found = report['record']['suspects']
-  assert {r['model'] for r in found} == {'clean_one', 'evil', 'clean_three'}
-  assert [r['known'] for r in found if r['model'] == 'evil'] == ['bad']
-  page = (tmp_path / 'report.html').read_text()
-  assert 'Which experts to distrust' in page
-
-
 def test_without_bad_experts_triggers_can_still_be_tested(small_pool, tmp_path):
   config = _config(small_pool, bad='0', triggers='evil', methods='average')
   report = _run(config, tmp_path)
