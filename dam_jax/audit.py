@@ -26,13 +26,13 @@ were made to be merged with each other are searched together (`company`).
 from collections.abc import Collection
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.stats
 
 from dam_jax import losses
 from dam_jax import tree
@@ -303,7 +303,7 @@ class Inverter:
     keys = jax.random.split(key, 4)
     eased = params if base is None else weakened(base, params, self.ease)
     play = functools.partial(self._play, base=base, task=task, images=images)
-    area = scipy.stats.gmean(self.areas)
+    area = math.prod(self.areas) ** (1 / len(self.areas))
 
     own, *_ = play(
       eased,
