@@ -265,9 +265,7 @@ class Inverter:
   chunk: int = 4
 
   def __post_init__(self):
-    pixels = self.image_shape[0] * self.image_shape[1]
-    if not self.areas or not all(0 < area <= pixels for area in self.areas):
-      raise ValueError(f'areas must be in (0, {pixels}], got {self.areas}')
+    self._check_areas(self.areas)
     counts = {
       name: getattr(self, name)
       for name in ('batch', 'scouts', 'first', 'last', 'keep', 'chunk')
@@ -276,6 +274,11 @@ class Inverter:
       raise ValueError(f'these must be positive: {counts}')
     if not 0 < self.ease <= 1:
       raise ValueError(f'ease must be in (0, 1], got {self.ease}')
+
+  def _check_areas(self, areas):
+    pixels = self.image_shape[0] * self.image_shape[1]
+    if not areas or not all(0 < area <= pixels for area in areas):
+      raise ValueError(f'areas must be in (0, {pixels}], got {areas}')
 
   def search(
     self,
@@ -286,6 +289,7 @@ class Inverter:
     num_classes: int,
     *,
     base: Any = None,
+    areas: tuple[float, ...] | None = None,
   ) -> Inversions:
     """Searches a trigger for every class.
 
@@ -296,14 +300,20 @@ class Inverter:
       images: `[N, H, W, C]` in [0, 1].
       num_classes: `L`.
       base: that the model was fine-tuned from, if it is known.
+      areas: instead of the inverter's own.
 
     Returns:
       Those of the two best classes.
+
+    Raises:
+      ValueError: where an area makes no sense.
     """
+    areas = self.areas if areas is None else areas
+    self._check_areas(areas)
     keys = jax.random.split(key, 4)
     eased = params if base is None else weakened(base, params, self.ease)
     play = functools.partial(self._play, base=base, task=task, images=images)
-    area = math.prod(self.areas) ** (1 / len(self.areas))
+    area = math.prod(areas) ** (1 / len(areas))
 
     own, *_ = play(
       eased,
@@ -314,7 +324,7 @@ class Inverter:
       num=self.first,
       judged=images[:16],
     )
-    play = functools.partial(play, areas=self.areas, tx=self.tx, num=self.last)
+    play = functools.partial(play, areas=areas, tx=self.tx, num=self.last)
     own, carry, _ = play(eased, keys[1], own[: self.keep], judged=images[:32])
     for key, num in ((keys[2], max(self.keep // 2, 2)), (keys[3], 2)):
       own, carry = _rows((own, carry), slice(num))

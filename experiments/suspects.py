@@ -142,15 +142,12 @@ class _Search:
     ]
     self.logits_fn = jax.jit(task_logits_fn)
     image_shape = tasks[0].dev.images.shape[1:]
-    pixel = image_shape[0] * image_shape[1] / 32**2
-    self.inverters = {
-      areas: audit.Inverter(
-        task_logits_fn=task_logits_fn,
-        image_shape=image_shape,
-        areas=tuple(pixel * area for area in areas),
-      )
-      for areas in (AREAS, OTHERS_AREAS)
-    }
+    self.pixel = image_shape[0] * image_shape[1] / 32**2
+    self.inverter = audit.Inverter(
+      task_logits_fn=task_logits_fn,
+      image_shape=image_shape,
+      areas=tuple(self.pixel * area for area in AREAS),
+    )
 
   def __call__(
     self,
@@ -181,13 +178,14 @@ class _Search:
 
   def _write(self, path, t, params, number, areas):
     key = jax.random.fold_in(jax.random.key(self.seed), number)
-    found = self.inverters[areas].search(
+    found = self.inverter.search(
       key,
       params,
       t,
       self.pixels[t],
       len(self.tasks[t].label_names),
       base=self.base,
+      areas=tuple(self.pixel * area for area in areas),
     )
     best, seeds = found.best(), jax.tree.map(lambda x: x[0], found.patches)
     with checkpoint.replacing(path) as temporary, temporary.open('wb') as f:
