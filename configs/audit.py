@@ -2,9 +2,16 @@
 
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
-The goal is an area under the ROC curve of 0.95. Over 5 clean and 46 bad uploads
-of configs/nano_pool.py it was 0.91. By attack, with the share of uploads whose
-target was named:
+The goal is an area under the ROC curve of 0.95. Of uploads of
+configs/nano_pool.py, where five clean ones got 0.1 to 0.8:
+
+  1.00  BadMerging 2/2, BadNets 2/2, Blended 2/2, LoBAM 2/2, MergeBackdoor 4/4,
+        which got 3.5 to 6.6
+  0.60  WaNet 2/2
+  0.45  BadMerging on another's task 0/4
+
+with the share of uploads whose target was named; over all of them 0.83. An
+older search, of one trigger a class in three rounds, got 0.91 over 46 bad ones:
 
   1.00  BadMerging 6/6, Blended 6/6, LoBAM 6/6, LoRA 2/2, MergeBackdoor 2/2,
         adaptive attacker 2/2
@@ -13,18 +20,24 @@ target was named:
   0.80  BadMerging on another's task 0/2, TrojViT 1/2, BadViT 0/2
   0.67  WaNet 4/6
 
+but it was lucky: on a pool made anew it named the target of one BadMerging
+upload on gtsrb with five of ten keys. What helped, with twelve keys each there:
+Adam at 2 in place of 0.5, with twenty steps a class, keeps the target among
+four with 8 and names it with 6; at 1 the former with 9; two scouts of five
+steps keep it among six with 11 or 12. Two triggers each for a third of the
+classes, judged by their mean on 16 images, then name it with 8; four each for
+six classes, judged by the best, with 11.
+
 So it finds patches. It misses warps, and triggers that work on the base as well
 (those of BadViT and TrojViT do on a half to nine tenths of the images). Five
-clean uploads make these areas rough: another key of the search gave 1.00 for
-BadNets, 0.30 for TrojViT and 0.91 in all, a third one 0.88 in all. Targets that
+clean uploads make these areas rough: another key of the older search gave 1.00
+for BadNets, 0.30 for TrojViT and 0.91 in all, a third one 0.88. Targets that
 are none of the expert's own classes are only found by searching, for each task,
 the experts that are for others; a merge does that (`experiments.suspects`),
 this audit of single uploads does not.
 
 A search that does not ask the base got 0.87 over the first 30 of these, against
-0.93; one that asks it on all images, a third slower, 0.91 and 0.88; a first
-round on all of the task vector, instead of on three quarters, got 0.94 but
-named one LoBAM upload less; 4 instead of 8 classes in the last round, 0.85.
+0.93; one that asks it on all images, a third slower, 0.91 and 0.88.
 MergeBackdoor's pairs were found because their task vectors are alike (cosine
 0.44 and 0.45): an attacker who trains his two uploads to differ would not be. A
 search on each expert plus half of all others' task vectors names one of the two

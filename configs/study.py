@@ -31,14 +31,22 @@ Concrete's badnets are 14 of the 18 runs. The worst single ones: badmerging 21.3
 where the clean merge has 10.8, lobam 30.2 where it has 20.9, badnets 9.0 where
 it has 9.0.
 
-With the audit as it is now, of three rounds and on others too, one merge each:
-badmerging_svhn_0 10.8, lobam_svhn_0 6.4, merge_backdoor_svhn_0 32.0 and _1 15.5
-(clean merge 15.2, 7.6; task_arithmetic 61.0, 75.9), but badmerging_gtsrb_0 87.2
-(16.9; 94.1): the search named another class, and `dam_robust` is no better than
-its seeds. With five of ten keys it names that upload's target; with Adam at 2
-in place of 0.5 with eight of thirteen, and has it among the best three with
-twelve. Seeds of the best three, with the thirteenth, leave 90.0.
-Uploads of lobam and badnets on gtsrb were named with six of six.
+With the audit as it is now, one merge each, in brackets the clean merge and
+task_arithmetic:
+
+  badmerging_gtsrb_0  | 2.8 (16.9, 94.1)
+  badmerging_svhn_0   | 14.7 (19.8, 92.1)
+
+and with an audit of several areas but weaker scouts:
+
+  lobam_svhn_0          | 3.9 (9.9, 58.5)
+  wanet_svhn_0          | 16.8 (11.3, 21.5)
+  merge_backdoor_svhn_0 | 33.8 (15.2, 61.0)
+
+merge_backdoor_svhn_1 has 15.5 (7.6, 75.9), with an older audit.
+`dam_robust` is no better than its seeds: with an older audit that named another
+class badmerging_gtsrb_0 kept 87.2, and 46.9 where half of the seeds were of the
+right class and half of another.
 
 One upload on svhn and one on gtsrb of the rest, ASR, in brackets that of the
 clean merge and of task_arithmetic; merge_backdoor and badmerging_off_task with
