@@ -43,8 +43,7 @@ def _spare_gpus() -> None:
     os.environ['XLA_FLAGS'] = f'{given} {_TRITON}=false'.strip()
 
 
-def define_hosts() -> None:
-  """Defines the flags that join several hosts."""
+def _define_hosts() -> None:
   flags.DEFINE_string(
     'coordinator',
     None,
@@ -74,7 +73,7 @@ def start(run: Run, example: str, *, hosts: bool = False) -> None:
     hosts: whether several hosts may run it together.
   """
   if hosts:
-    define_hosts()
+    _define_hosts()
 
   def main(argv: list[str]) -> None:
     if len(argv) > 1:

@@ -82,13 +82,13 @@ def run(
     }
   )
   this = merge_run.Run(config, setup, workdir)
+  names = [*this.controls(), *this.mergers]
   finished = workdir / 'report.json'
-  if distributed.agreed(finished.exists()):
+  if distributed.agreed(finished.exists()) and all(map(this.is_done, names)):
     report = json.loads(finished.read_text())
     console.print(report_lib.terminal(report, console.width))
     console.print(f'finished before, nothing to do: {finished}')
     return report
-  names = [*this.controls(), *this.mergers]
   results = {}
   executor = futures.ThreadPoolExecutor(max_workers=1)
   with contextlib.ExitStack() as stack:

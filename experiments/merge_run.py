@@ -244,7 +244,7 @@ class Run:
       executor: of one thread.
     """
     for name, merger in self.mergers.items():
-      if merger.plan.steps and not self._is_done(name):
+      if merger.plan.steps and not self.is_done(name):
         self._programs[name] = executor.submit(
           learn.compile_steps,
           merger,
@@ -424,13 +424,18 @@ class Run:
       'rows', 'transfer' and 'seconds'.
     """
     path = self._result(name)
-    if not self._is_done(name):
+    if not self.is_done(name):
       if distributed.is_first() or self.mesh_of(name) is not None:
         self._work(name, advance)
       distributed.wait(name)
     return json.loads(path.read_text())
 
-  def _is_done(self, name: str) -> bool:
+  def is_done(self, name: str) -> bool:
+    """Whether process 0 finds a method's or control's result on disk.
+
+    Args:
+      name: of the method or control.
+    """
     return distributed.agreed(self._result(name).exists())
 
   def _work(self, name: str, advance: Advance) -> None:

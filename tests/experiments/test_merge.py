@@ -161,7 +161,18 @@ def test_a_run_that_lost_a_result_makes_that_one_again(done, small_pool):
   (workdir / 'results' / 'average.json').unlink()
   again = _run(_config(small_pool), workdir)
   assert again['rows'] == report['rows']
+  assert (workdir / 'results' / 'average.json').exists()
   assert kept.stat().st_mtime_ns == before
+
+
+def test_a_finished_run_says_so_and_does_nothing(done, small_pool):
+  workdir, _ = done
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+  console = Console(file=io.StringIO(), width=120)
+  again = merge.run(_config(small_pool), workdir, console)
+  assert 'finished before, nothing to do' in console.file.getvalue()
+  assert again == json.loads((workdir / 'report.json').read_text())
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
 
 
 def test_another_run_may_not_use_the_workdir(done, small_pool):
