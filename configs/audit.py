@@ -45,11 +45,10 @@ BadMerging uploads on another's task, and MergeBackdoor's no more.
 
 On the towers of configs/pool.py, of 3.7 million parameters, a search that asks
 the base on all images named the targets of all four BadMerging experts, which
-got 2.5 to 6.1, and gave six clean ones 0.0 to 0.8; this one gave two of the
-former 2.2 and 6.0, and four of the latter up to 1.2. The target of CIFAR-100's
-was among the eight best of its hundred classes after ten steps with two of four
-keys, and the best of the quarter after twenty with all four: hence the round
-between.
+got 2.5 to 6.1, and gave six clean ones 0.0 to 0.8; one that asks it on half of
+them gave two of the former 2.2 and 6.0, and four of the latter up to 1.2. The
+search as it is now names svhn's with both of two keys, with 2.2 and 3.2, and
+gives the clean expert of svhn 1.7; the others were not searched anew.
 
 What `dam_robust` then takes from an expert is no evidence: of six task vectors
 with two or four bad among them, its masks kept 0.99 to 1.02 of the L1 norm and

@@ -15,9 +15,10 @@ command was not run on the whole split yet:
   2   | 70.3, 89.5 / 90.5                  | 66.2, 71.6 / 56.5
   4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
 
-With 300 test images a task; 2 on two CPU cores, where the audit took 10.6
-minutes, 300 steps 7.6 and all of it 19.6, the others on an H200, with an audit
-that asks the base on all images and not on half of them:
+With 300 test images a task and older audits; 2 on two CPU cores, where it took
+10.6 minutes, 300 steps 7.6 and all of it 19.6 (the audit as it is now takes 14
+more steps in a hundred), the others on an H200, with one that asks the base on
+all images and not on half of them:
 
   bad | dam_robust                    | the triggers on a clean merge
   0   | 75.7                          | 70.8
@@ -29,7 +30,7 @@ that asks the base on all images and not on half of them:
   2, there, safety_weight=0           | 75.5, 89.9 / 86.4
 
 and with badmerging_svhn among fewer tasks (svhn, mnist, gtsrb, cifar100; six of
-them on the CPU, with the audit as it is now):
+them on the CPU, with an audit of three rounds):
 
   tasks | task_arithmetic | average     | dam_robust  | clean merge
   2     | 82.2, 100.0     | 88.3, 100.0 | 90.2, 31.7  | 82.5, 79.1
