@@ -26,7 +26,9 @@ Adam at 2 in place of 0.5, with twenty steps a class, keeps the target among
 four with 8 and names it with 6; at 1 the former with 9; two scouts of five
 steps keep it among six with 11 or 12. Two triggers each for a third of the
 classes, judged by their mean on 16 images, then name it with 8; four each for
-six classes, judged by the best, with 11.
+six classes, judged by the best, with 11, or with 10 (and among two with 12)
+where two of the six go on at once. That is the search as it is now; the areas
+above are with three that go on before two do, which takes a fifth more steps.
 
 So it finds patches. It misses warps, and triggers that work on the base as well
 (those of BadViT and TrojViT do on a half to nine tenths of the images). Five
@@ -47,8 +49,8 @@ On the towers of configs/pool.py, of 3.7 million parameters, a search that asks
 the base on all images named the targets of all four BadMerging experts, which
 got 2.5 to 6.1, and gave six clean ones 0.0 to 0.8; one that asks it on half of
 them gave two of the former 2.2 and 6.0, and four of the latter up to 1.2. The
-search as it is now names svhn's with both of two keys, with 2.2 and 3.2, and
-gives the clean expert of svhn 1.7; the others were not searched anew.
+search with that round in between names svhn's with both of two keys, with 2.2
+and 3.2, and gives the clean expert of svhn 1.7; no other was searched anew.
 
 What `dam_robust` then takes from an expert is no evidence: of six task vectors
 with two or four bad among them, its masks kept 0.99 to 1.02 of the L1 norm and

@@ -16,7 +16,7 @@ command was not run on the whole split yet:
   4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
 
 With 300 test images a task and older audits; 2 on two CPU cores, where it took
-10.6 minutes, 300 steps 7.6 and all of it 19.6 (the audit as it is now takes 25
+10.6 minutes, 300 steps 7.6 and all of it 19.6 (the audit as it is now takes 3
 more steps in a hundred), the others on an H200, with one that asks the base on
 all images and not on half of them:
 

@@ -34,10 +34,10 @@ it has 9.0.
 With the audit as it is now, one merge each, in brackets the clean merge and
 task_arithmetic:
 
-  badmerging_gtsrb_0  | 2.8 (16.9, 94.1)
-  badmerging_svhn_0   | 14.7 (19.8, 92.1)
+  badmerging_gtsrb_0  | 3.1 (16.9, 94.1)
 
-and with an audit of several areas but weaker scouts:
+with one more round of it 2.8, and badmerging_svhn_0 14.7 (19.8, 92.1); with an
+audit of several areas but weaker scouts:
 
   lobam_svhn_0          | 3.9 (9.9, 58.5)
   wanet_svhn_0          | 16.8 (11.3, 21.5)

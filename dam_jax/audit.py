@@ -218,8 +218,8 @@ class Inverter:
 
   All classes are scouted, twice with a few steps: a patch that comes far fast
   is soon known, but may as well be stuck. So for the best `keep` classes some
-  triggers are searched, all from the start; half of the classes go on, and then
-  two. A class is as good as the best of its triggers.
+  triggers are searched, all from the start, and two of the classes go on. A
+  class is as good as the best of its triggers.
 
   Attributes:
     task_logits_fn: `(params, task, images [N, H, W, C] in [0, 1]) -> [N, L]`.
@@ -235,7 +235,7 @@ class Inverter:
     batch: images a patch and step.
     scouts: for each class.
     first: steps of a scout.
-    last: steps of each round that follows.
+    last: steps of each of the two rounds that follow.
     keep: see above.
     chunk: patches to a forward pass.
 
@@ -310,7 +310,7 @@ class Inverter:
     """
     areas = self.areas if areas is None else areas
     self._check_areas(areas)
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 3)
     eased = params if base is None else weakened(base, params, self.ease)
     play = functools.partial(self._play, base=base, task=task, images=images)
     area = math.prod(areas) ** (1 / len(areas))
@@ -326,9 +326,8 @@ class Inverter:
     )
     play = functools.partial(play, areas=areas, tx=self.tx, num=self.last)
     own, carry, _ = play(eased, keys[1], own[: self.keep], judged=images[:32])
-    for key, num in ((keys[2], max(self.keep // 2, 2)), (keys[3], 2)):
-      own, carry = _rows((own, carry), slice(num))
-      own, carry, rates = play(params, key, own, carry, judged=images)
+    own, carry = _rows((own, carry), slice(2))
+    own, carry, rates = play(params, keys[2], own, carry, judged=images)
     return Inversions(own, carry[0], *rates)
 
   def _play(

@@ -49,7 +49,7 @@ KEYS = {
   'batch': 'images a class and step',
   'first_round': 'steps of the scouts of each class',
   'keep': 'classes that are searched further',
-  'last_round': 'steps of each round that follows',
+  'last_round': 'steps of each of the two rounds that follow',
   'scale': 'of task arithmetic, the merge that triggers are tried on',
   'seed': 'of everything random',
 }
