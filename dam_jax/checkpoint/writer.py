@@ -255,6 +255,7 @@ class ModelWriter:
       logging.info('%s: goes on, %d leaves are done', self._target, len(lines))
       return
     os.ftruncate(journal, 0)
+    os.fsync(journal)
     if self._first:
       if head:
         logging.warning(
@@ -268,6 +269,7 @@ class ModelWriter:
   def _make_files(self, files: Mapping[pathlib.Path, int]) -> None:
     for other in self._temporary.glob('journal_*'):
       other.unlink()
+    _flush(self._temporary)
     self._content.mkdir(exist_ok=True)
     self._clear_all_but(set())
     need, free = sum(files.values()), shutil.disk_usage(self._content).free
