@@ -134,6 +134,7 @@ def _split_result(merger: Merger, mesh: Mesh, rules: Rules | None):
     return sharding.specs(params, rules, mesh)
 
   def finalize_fn(state, base, experts):
+    base, experts = tree.unravel(base), tree.unravel(experts)
     if merger.plan.entrywise:
       even = sharding.fsdp(base, mesh, least=1)
       if all(map(any, jax.tree.leaves(even))):

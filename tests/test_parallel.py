@@ -308,6 +308,9 @@ def test_merges_without_steps_give_the_same(tx, width):
   merged = merger.finalize(merger.init(None, *placed), *placed)
   assert_close(merged, dj.merge(tx, base, experts).params, rtol=1e-6)
   assert merged['w'].addressable_shards[0].data.shape == (8, 48)
+  raveled = sharding.place(base, experts, mesh)
+  merged = merger.finalize(merger.init(None, *raveled), *raveled)
+  assert_close(merged, dj.merge(tx, base, experts).params, rtol=1e-6)
 
 
 def test_merges_without_steps_stay_where_they_are():
