@@ -52,6 +52,7 @@ class Inversions(NamedTuple):
 
   Attributes:
     classes: `[C]` that they lead to.
+    score: `[C]` mean over the rounds of the search of the class's best lead.
     patches: leaves `[C, A, H, W, ...]`.
     lead: `[C, A]` how much better the model obeys the patch than the base does:
       the logarithm of the base's loss over the model's, where a loss is the
@@ -62,6 +63,7 @@ class Inversions(NamedTuple):
   """
 
   classes: np.ndarray
+  score: np.ndarray
   patches: SoftPatch
   lead: np.ndarray
   success: np.ndarray
@@ -69,13 +71,12 @@ class Inversions(NamedTuple):
 
   @property
   def suspicion(self) -> float:
-    """How far the best class stands out: its best lead over the next one's.
+    """How far the best class stands out: its score over the next one's.
 
     Any fine-tuning gives leads, and to several classes alike. At least 0, which
     is also that of a model with one class.
     """
-    lead = self.lead.max(axis=1)
-    return float(lead[0] - lead[1]) if len(lead) > 1 else 0.0
+    return float(self.score[0] - self.score[1]) if len(self.score) > 1 else 0.0
 
   def best(self) -> int:
     """Returns which patch of the best class leads most."""
@@ -219,7 +220,8 @@ class Inverter:
   All classes are scouted, twice with a few steps: a patch that comes far fast
   is soon known, but may as well be stuck. So for the best `keep` classes some
   triggers are searched, all from the start, and two of the classes go on. A
-  class is as good as the best of its triggers.
+  class is as good as the best of its triggers, and each of the three rounds
+  counts alike: a trigger that is there is found again, luck is not.
 
   Attributes:
     task_logits_fn: `(params, task, images [N, H, W, C] in [0, 1]) -> [N, L]`.
@@ -257,11 +259,11 @@ class Inverter:
   ease: float = 0.75
   scout_tx: optax.GradientTransformation = optax.adam(2.0)
   tx: optax.GradientTransformation = optax.adam(0.5)
-  batch: int = 6
+  batch: int = 4
   scouts: int = 2
   first: int = 5
   last: int = 20
-  keep: int = 6
+  keep: int = 4
   chunk: int = 4
 
   def __post_init__(self):
@@ -315,26 +317,31 @@ class Inverter:
     play = functools.partial(self._play, base=base, task=task, images=images)
     area = math.prod(areas) ** (1 / len(areas))
 
-    own, *_ = play(
+    own, score, *_ = play(
       eased,
       keys[0],
       np.arange(num_classes),
+      np.zeros(num_classes),
       areas=(area,) * self.scouts,
       tx=self.scout_tx,
       num=self.first,
-      judged=images[:16],
+      judged=images[:8],
     )
     play = functools.partial(play, areas=areas, tx=self.tx, num=self.last)
-    own, carry, _ = play(eased, keys[1], own[: self.keep], judged=images[:32])
-    own, carry = _rows((own, carry), slice(2))
-    own, carry, rates = play(params, keys[2], own, carry, judged=images)
-    return Inversions(own, carry[0], *rates)
+    own, score = _rows((own, score), slice(self.keep))
+    own, score, carry, _ = play(eased, keys[1], own, score, judged=images[:32])
+    own, score, carry = _rows((own, score, carry), slice(2))
+    own, score, carry, rates = play(
+      params, keys[2], own, score, carry, judged=images
+    )
+    return Inversions(own, score / 3, carry[0], *rates)
 
   def _play(
     self,
     params,
     key,
     own,
+    score,
     carry=None,
     *,
     base,
@@ -347,7 +354,8 @@ class Inverter:
   ):
     """Takes steps; returns classes and what came of them, the best first.
 
-    A class has a patch for each area: leaves of `carry` are `[C, A, ...]`.
+    A class has a patch for each area: leaves of `carry` are `[C, A, ...]`. Its
+    best lead is added to its score.
     """
     shape, models = (len(own), len(areas)), (params, base)
     begin, key = jax.random.split(key)
@@ -355,19 +363,21 @@ class Inverter:
       carry = self._init(begin, shape, tx)
     carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
     goal = np.repeat(own, shape[1]), np.tile(np.float32(areas), shape[0])
+    clean = self._classify(params, task, judged)
     total, found = len(goal[0]), []
     for begin in range(0, total, self.chunk):
       # The last chunk is filled up, so that one program serves all.
       at = np.minimum(np.arange(begin, begin + self.chunk), total - 1)
       part, aims = _rows((carry, goal), at)
       part = self._descend(tx, num, key, models, task, images, aims, part)
-      rates = self._judge(models, task, judged, aims[0], part[0])
+      rates = self._judge(models, task, judged, clean, aims[0], part[0])
       found.append(_rows((part, rates), slice(total - begin)))
     carry, rates = jax.tree.map(
       lambda *x: np.concatenate(x).reshape(*shape, *x[0].shape[1:]), *found
     )
-    order = np.argsort(-rates[0].max(axis=1), kind='stable')
-    return own[order], *_rows((carry, rates), order)
+    score = score + rates[0].max(axis=1)
+    order = np.argsort(-score, kind='stable')
+    return _rows((own, score, carry, rates), order)
 
   def _init(self, key, shape, tx):
     place, colour = jax.random.split(key)
@@ -409,9 +419,12 @@ class Inverter:
     return carry
 
   @functools.partial(jax.jit, static_argnums=0)
-  def _judge(self, models, task, images, own, patches):
+  def _classify(self, params, task, images):
+    return jnp.argmax(self.task_logits_fn(params, task, images), axis=-1)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _judge(self, models, task, images, clean, own, patches):
     params, base = models
-    clean = jnp.argmax(self.task_logits_fn(params, task, images), axis=-1)
 
     def one(args):
       patch, target = args
@@ -431,7 +444,7 @@ class Inverter:
         of_base = loss(self.task_logits_fn(base, task, triggered))
       lead = jnp.log(of_base / loss(logits))
       # Of a class that all images show already there is nothing to say.
-      lead = jnp.where(jnp.any(clean != target), lead, -jnp.inf)
+      lead = jnp.where(jnp.any(clean != target), lead, 0.0)
       return lead, jnp.sum(others * hit) / count, jnp.sum(patch.opacity())
 
     return jax.lax.map(one, (patches, own))

@@ -1,6 +1,7 @@
 """What the experiments' commands share: their flags, errors in one line."""
 
 from collections.abc import Callable
+import errno
 import os
 import pathlib
 import sys
@@ -63,6 +64,22 @@ def _join() -> None:
     raise ValueError('several hosts need --workdir, on a disk that all share')
 
 
+_UNWRITABLE = {
+  getattr(errno, name)
+  for name in ('EACCES', 'EDQUOT', 'ENOSPC', 'EPERM', 'EROFS')
+}
+
+
+def _told(error: Exception) -> str:
+  """Returns what went wrong, and what to do where files cannot be written."""
+  if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+    return (
+      f'{error}\nfree some space or choose another --workdir, then start '
+      'again; what was saved so far stays'
+    )
+  return str(error)
+
+
 def start(run: Run, example: str, *, hosts: bool = False) -> None:
   """Reads the flags and runs.
 
@@ -108,7 +125,7 @@ def start(run: Run, example: str, *, hosts: bool = False) -> None:
       raise
     except (ValueError, FloatingPointError, OSError) as e:
       logging.debug('', exc_info=True)
-      message = Text.assemble(('error: ', 'bold red'), str(e))
+      message = Text.assemble(('error: ', 'bold red'), _told(e))
       console.quiet = False
       console.print(message, highlight=False, soft_wrap=True)
       sys.exit(1)

@@ -1,6 +1,8 @@
 """Tests what the experiments' commands share."""
 
+import errno
 import os
+import pathlib
 
 import pytest
 
@@ -19,3 +21,26 @@ def test_triton_is_off_unless_a_user_says_otherwise(monkeypatch, given, wanted):
   monkeypatch.setenv('XLA_FLAGS', given)
   command._spare_gpus()
   assert os.environ['XLA_FLAGS'] == wanted
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_with_what_to_do():
+  sealed = pathlib.Path('/sys')
+  if not sealed.is_dir():
+    pytest.skip('no folder here that even root cannot write to')
+  with pytest.raises(OSError, match='dam_jax') as caught:
+    (sealed / 'dam_jax').mkdir()
+  told = command._told(caught.value)
+  assert str(caught.value) in told
+  assert 'choose another --workdir' in told
+
+
+@pytest.mark.parametrize(
+  ('error', 'advised'),
+  [
+    (OSError(errno.ENOSPC, 'No space left on device'), True),
+    (FileNotFoundError(errno.ENOENT, 'No such file', 'a'), False),
+    (ValueError('b'), False),
+  ],
+)
+def test_other_errors_are_told_as_they_are(error, advised):
+  assert ('--workdir' in command._told(error)) is advised
