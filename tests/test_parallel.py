@@ -4,6 +4,8 @@ import functools
 import math
 import re
 
+import equinox as eqx
+from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -186,6 +188,60 @@ def test_explicit_axes_and_placed_models(tiny, alone):
   want, _, metrics = alone('concrete')
   assert_close(merged, want, **TOLERANCES)
   assert_close(measured, metrics, **TOLERANCES)
+
+
+def _nnx():
+  models = [
+    nnx.Sequential(nnx.Linear(48, 8, rngs=nnx.Rngs(seed)), nnx.tanh)
+    for seed in range(4)
+  ]
+
+  def apply_fn(params, inputs):
+    model = nnx.clone(models[0])
+    nnx.update(model, params)
+    return model(inputs)
+
+  params = [nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in models]
+  return params, apply_fn
+
+
+def _equinox():
+  models = [
+    eqx.nn.MLP(48, 8, width_size=16, depth=1, key=jax.random.key(seed))
+    for seed in range(4)
+  ]
+  params, static = zip(*(eqx.partition(m, eqx.is_array) for m in models))
+
+  def apply_fn(params, inputs):
+    return jax.vmap(jax.vmap(eqx.combine(params, static[0])))(inputs)
+
+  return params, apply_fn
+
+
+@pytest.mark.parametrize('models', [_nnx, _equinox])
+def test_models_of_other_libraries_learn_over_a_mesh(models):
+  (base, *experts), apply_fn = models()
+  experts = dj.tree.stack(experts)
+
+  def logits_fn(params, images):
+    return apply_fn(params, images.reshape(*images.shape[:2], -1))
+
+  merger = dj.concrete(logits_fn, steps=2, coefficient_steps=0)
+  state = merger.init(jax.random.key(1), base, experts)
+  batch = dj.Batch(
+    jax.random.uniform(
+      jax.random.key(2), (merger.plan.phases, 3, 16, *SHAPE)
+    )
+  )
+  state, _ = jax.jit(merger.step)(state, base, experts, batch)
+  want = merger.finalize(state, base, experts)
+
+  split = dj.data_parallel(merger, sharding.make_mesh({'data': 4, 'model': 2}))
+  state = split.init(jax.random.key(1), base, experts)
+  state, _ = split.step(state, base, experts, batch)
+  got = split.finalize(state, base, experts)
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  assert_close(got, want, **TOLERANCES)
 
 
 @pytest.mark.parametrize(('old', 'new'), [(8, 4), (4, 8), (8, 1), (1, 8)])
