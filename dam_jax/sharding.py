@@ -195,7 +195,11 @@ def _log(params: Params, found: Any) -> None:
 def fsdp(
   params: Params, mesh: Mesh, *, leading: int = 0, least: int = 1024
 ) -> Any:
-  """Splits each leaf of any pytree over all devices, along its longest axis.
+  """Splits each leaf of any pytree over all devices, along its first axis.
+
+  Parts along the first axis are runs of bytes in a file, and what flattens a
+  leaf leaves them where they are. Where it does not divide over the devices the
+  next one that does is split.
 
   Args:
     params: any pytree; arrays or `jax.ShapeDtypeStruct`s.
@@ -210,7 +214,7 @@ def fsdp(
   Examples:
     >>> mesh = make_mesh({'data': 8})
     >>> params = {'w': jnp.zeros((24, 64)), 'b': jnp.zeros(64)}
-    >>> fsdp(params, mesh) == {'b': P(), 'w': P(None, ('data', 'model'))}
+    >>> fsdp(params, mesh) == {'b': P(), 'w': P(('data', 'model'))}
     True
   """
 
@@ -219,8 +223,7 @@ def fsdp(
     even = [i for i, size in enumerate(shape) if size % mesh.size == 0]
     if not even or math.prod(shape) < least:
       return P()
-    axis = max(even, key=lambda i: shape[i])
-    return P(*(None,) * (leading + axis), mesh.axis_names)
+    return P(*(None,) * (leading + even[0]), mesh.axis_names)
 
   found = jax.tree.map(spec, params)
   _log(params, found)

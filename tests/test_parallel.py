@@ -369,18 +369,51 @@ def test_merges_without_steps_give_the_same(tx, width):
   assert_close(merged, dj.merge(tx, base, experts).params, rtol=1e-6)
 
 
-def test_merges_without_steps_stay_where_they_are():
-  mesh, _, _, placed = _two_leaves(16)
-  merger = dj.data_parallel(dj.from_transform(dj.ties()), mesh)
+def _sent(tx, placed, mesh):
+  """Returns what devices send each other in a merge, by kind and shape."""
+  merger = dj.data_parallel(dj.from_transform(tx), mesh)
   lowered = merger.finalize.lower(merger.init(None, *placed), *placed)
   text = lowered.compile().as_text()
   sent = re.findall(r'= (\S+) (all-\w+|collective\S*|reduce-scatter)\(', text)
+  return {(re.sub(r'\{.*', '', shape), kind) for shape, kind in sent}
+
+
+def test_merges_without_steps_stay_where_they_are():
+  mesh, _, _, placed = _two_leaves(16)
   # Bins of counts, and the one leaf that is whole on each device.
-  assert {re.sub(r'\{.*', '', kind) for kind, _ in sent} == {
-    's64[3,65536]',
-    's64[]',
-    'f32[16]',
+  assert _sent(dj.ties(), placed, mesh) == {
+    ('s64[3,65536]', 'all-reduce'),
+    ('s64[]', 'all-reduce'),
+    ('f32[16]', 'all-gather'),
   }
+
+
+@pytest.mark.parametrize(
+  'tx',
+  [
+    dj.ties(scope='leaf', reading='mergekit'),
+    dj.dare(),
+    dj.breadcrumbs(),
+    dj.sce(),
+    dj.emr(),
+    dj.consensus(),
+    dj.model_stock(),
+    dj.karcher(),
+  ],
+  ids=['ties', 'dare', 'crumbs', 'sce', 'emr', 'consensus', 'stock', 'karcher'],
+)
+def test_merges_by_leaf_send_sums_alone(tx):
+  mesh, base, experts, placed = _two_leaves(16)
+  placed = [{'w': x['w']} for x in placed]
+  for shape, kind in _sent(tx, placed, mesh):
+    # Sums over a leaf, by task or pair of tasks, and bins of counts.
+    size = math.prod(map(int, re.findall(r'\d+', shape)[1:]))
+    assert kind == 'all-reduce'
+    assert size <= 9 or size == 65536, shape
+  merger = dj.data_parallel(dj.from_transform(tx), mesh)
+  merged = merger.finalize(merger.init(None, *placed), *placed)
+  want = dj.merge(tx, {'w': base['w']}, {'w': experts['w']}).params
+  assert_close(merged, want, rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused(tiny):

@@ -89,10 +89,10 @@ def test_all_that_does_not_divide_is_said_at_once():
     sharding.specs(params, rules[:1], mesh)
 
 
-def test_fsdp_splits_the_longest_axis_that_divides():
+def test_fsdp_splits_the_first_axis_that_divides():
   params = {
-    'wide': jnp.zeros((16, 128)),
-    'tall': jnp.zeros((1024, 12)),
+    'wide': jnp.zeros((12, 128)),
+    'tall': jnp.zeros((1024, 2048)),
     'odd': jnp.zeros((100, 33)),
     'small': jnp.zeros(64),
   }
@@ -104,7 +104,7 @@ def test_fsdp_splits_the_longest_axis_that_divides():
     'odd': P(),
     'small': P(),
   }
-  stacked = {'wide': jnp.zeros((8, 16, 128))}
+  stacked = {'wide': jnp.zeros((8, 12, 128))}
   split = sharding.fsdp(stacked, mesh, leading=1)
   assert split == {'wide': P(None, None, both)}
   assert sharding.fsdp(params, mesh, least=64)['small'] == P(both)
