@@ -86,7 +86,7 @@ setup(
   extras_require={
     'data': DATA,
     'experiments': EXPERIMENTS,
-    'aot': AOT,
+    'aot': unique(EXPERIMENTS, AOT),
     'bench': BENCH,
     'test': unique(TEST),
     'all': unique(DATA, EXPERIMENTS, TEST),

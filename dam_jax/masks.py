@@ -14,6 +14,7 @@ import functools
 import math
 
 import jax
+from jax import lax
 from jax.extend.random import threefry2x32_p
 import jax.numpy as jnp
 import numpy as np
@@ -160,14 +161,16 @@ def leaf_means(mask: jax.Array, layout: Layout) -> jax.Array:
   if layout.shards == 1:
     means = [jnp.mean(group, axis=-1) for group in layout.by_leaf(mask)]
     return jnp.concatenate(means, axis=-1)
+  # Each device sums its own before any are sent: XLA for TPUs would do it the
+  # other way round without the barriers, and send whole leaves for each task.
   real = (layout.places() < layout.num_entries).astype(mask.dtype)
   real = real.reshape(*(1,) * (mask.ndim - 2), *layout.shape)
-  means = [
-    jnp.sum(group, axis=(-3, -1)) / size
-    for group, (size, _) in zip(
-      layout.by_leaf(mask * real), layout.groups, strict=True
-    )
-  ]
+  means = []
+  for group, (size, _) in zip(
+    layout.by_leaf(mask * real), layout.groups, strict=True
+  ):
+    parts = lax.optimization_barrier(jnp.sum(group, axis=-1))
+    means.append(jnp.sum(parts, axis=-2) / size)
   return jnp.concatenate(means, axis=-1)
 
 
@@ -256,6 +259,11 @@ def masked_sum(
   for group in layout.by_leaf(deltas):
     s = scale[:, start : start + group.shape[-2]]
     s = s.reshape(num, *(1 for _ in rows), -1, 1)
+    if rows:
+      # Gradients are to be summed on each device first, as in `leaf_means`.
+      s = lax.optimization_barrier(
+        jnp.broadcast_to(s, (num, *group.shape[-3:-1], 1))
+      )
     start += group.shape[-2]
     # A sum over a stacked axis is up to 40 times slower in XLA on a CPU.
     terms = [s[k] * group[k] for k in range(num)]

@@ -229,9 +229,7 @@ def test_models_of_other_libraries_learn_over_a_mesh(models):
   merger = dj.concrete(logits_fn, steps=2, coefficient_steps=0)
   state = merger.init(jax.random.key(1), base, experts)
   batch = dj.Batch(
-    jax.random.uniform(
-      jax.random.key(2), (merger.plan.phases, 3, 16, *SHAPE)
-    )
+    jax.random.uniform(jax.random.key(2), (merger.plan.phases, 3, 16, *SHAPE))
   )
   state, _ = jax.jit(merger.step)(state, base, experts, batch)
   want = merger.finalize(state, base, experts)
