@@ -3,14 +3,14 @@
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
 The goal is an area under the ROC curve of 0.95. Of uploads of
-configs/nano_pool.py, where five clean ones got 0.1 to 0.8:
+configs/nano_pool.py, where five clean ones got 0.3 to 0.5:
 
-  1.00  BadMerging 2/2, BadNets 2/2, Blended 2/2, LoBAM 2/2, MergeBackdoor 4/4,
-        which got 3.5 to 6.6
-  0.60  WaNet 2/2
-  0.45  BadMerging on another's task 0/4
+  1.00  BadMerging 2/2, BadNets 2/2, Blended 2/2, LoBAM 2/2, which got 1.4 to 5.8
+  0.90  BadMerging on another's task 0/4
+  0.75  MergeBackdoor 3/4; the fourth one's is named with three of four keys
+  0.10  WaNet 0/2
 
-with the share of uploads whose target was named; over all of them 0.83. An
+with the share of uploads whose target was named; over all of them 0.82. An
 older search, of one trigger a class in three rounds, got 0.91 over 46 bad ones:
 
   1.00  BadMerging 6/6, Blended 6/6, LoBAM 6/6, LoRA 2/2, MergeBackdoor 2/2,
@@ -26,9 +26,11 @@ Adam at 2 in place of 0.5, with twenty steps a class, keeps the target among
 four with 8 and names it with 6; at 1 the former with 9; two scouts of five
 steps keep it among six with 11 or 12. Two triggers each for a third of the
 classes, judged by their mean on 16 images, then name it with 8; four each for
-six classes, judged by the best, with 11, or with 10 (and among two with 12)
-where two of the six go on at once. That is the search as it is now; the areas
-above are with three that go on before two do, which takes a fifth more steps.
+six classes, judged by the best, with 10 or 11. Then the mean over all rounds,
+not the last one alone: with 11, on four images a step in place of six, with
+four classes or six, in 6 to 7 seconds in place of 11. That is the search as it
+is now. Where it fails its scouts do; three of them find BadNets on svhn with
+eight of eight keys and not seven, here no more, for a quarter more time.
 
 So it finds patches. It misses warps, and triggers that work on the base as well
 (those of BadViT and TrojViT do on a half to nine tenths of the images). Five
@@ -45,12 +47,10 @@ MergeBackdoor's pairs were found because their task vectors are alike (cosine
 search on each expert plus half of all others' task vectors names one of the two
 BadMerging uploads on another's task, and MergeBackdoor's no more.
 
-On the towers of configs/pool.py, of 3.7 million parameters, a search that asks
-the base on all images named the targets of all four BadMerging experts, which
-got 2.5 to 6.1, and gave six clean ones 0.0 to 0.8; one that asks it on half of
-them gave two of the former 2.2 and 6.0, and four of the latter up to 1.2. The
-search with that round in between names svhn's with both of two keys, with 2.2
-and 3.2, and gives the clean expert of svhn 1.7; no other was searched anew.
+On the towers of configs/pool.py, of 3.7 million parameters, it names the targets
+of all four BadMerging experts, which get 1.9, 4.0, 4.1 and 6.0; five of the six
+clean ones get 0.0 to 0.4. Judged by the last round alone they got 2.5 to 7.0,
+and the clean ones up to 1.3.
 
 What `dam_robust` then takes from an expert is no evidence: of six task vectors
 with two or four bad among them, its masks kept 0.99 to 1.02 of the L1 norm and

@@ -15,18 +15,18 @@ command was not run on the whole split yet:
   2   | 70.3, 89.5 / 90.5                  | 66.2, 71.6 / 56.5
   4   | 69.9, 92.7 / 93.2 / 100.0 / 98.7   | 65.9, 76.0 / 59.6 / 99.9 / 92.5
 
-With 300 test images a task and older audits; 2 on two CPU cores, where it took
-10.6 minutes, 300 steps 7.6 and all of it 19.6 (the audit as it is now takes 3
-more steps in a hundred), the others on an H200, with one that asks the base on
-all images and not on half of them:
+With 300 test images a task, on two CPU cores; 0 on an H200 and with an older
+audit. 4 took 22.6 minutes in all, 9.6 for the audit and 10.7 for 300 steps,
+which took 7.6 at a quieter time:
 
   bad | dam_robust                    | the triggers on a clean merge
   0   | 75.7                          | 70.8
-  1   | 75.3, 1.7                     | 70.8, 4.1
-  2   | 74.8, 1.4 / 0.0               | 70.8, 4.1 / 0.0
-  4   | 74.6, 2.0 / 0.0 / 1.8 / 5.9   | 70.8, 4.1 / 0.0 / 40.3 / 33.2
+  1   | 75.4, 2.4                     | 70.8, 4.1
+  2   | 74.8, 1.4 / 0.3               | 70.8, 4.1 / 0.0
+  4   | 74.9, 1.7 / 0.3 / 2.2 / 6.3   | 70.8, 4.1 / 0.0 / 40.3 / 33.2
 
-  2, on the H200                      | 74.8, 1.0 / 0.0
+  2, an audit of six images a step    | 74.7, 2.0 / 0.3
+  2, on the H200, an older audit      | 74.8, 1.0 / 0.0
   2, there, safety_weight=0           | 75.5, 89.9 / 86.4
 
 and with badmerging_svhn among fewer tasks (svhn, mnist, gtsrb, cifar100; six of

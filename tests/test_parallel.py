@@ -210,10 +210,11 @@ def _equinox():
     eqx.nn.MLP(48, 8, width_size=16, depth=1, key=jax.random.key(seed))
     for seed in range(4)
   ]
-  params, static = zip(*(eqx.partition(m, eqx.is_array) for m in models))
+  split = [eqx.partition(model, eqx.is_array) for model in models]
+  params, (static, *_) = zip(*split, strict=True)
 
   def apply_fn(params, inputs):
-    return jax.vmap(jax.vmap(eqx.combine(params, static[0])))(inputs)
+    return jax.vmap(jax.vmap(eqx.combine(params, static)))(inputs)
 
   return params, apply_fn
 

@@ -82,6 +82,11 @@ def test_a_step_compiles_for_a_slice(tpu):
   assert num <= 4
   assert 2 * entries <= layout_bytes <= 2.1 * entries
   assert split['flops'] == whole['flops'] > 0
+  # Of two more tasks the images' and coefficients' gradients, no leaf of them.
+  more = aot.measure('v5e:2x2', 'tiny', tasks=5, batch=4)['collectives']
+  assert more['all-gather'] == split['collectives']['all-gather']
+  grown = more['all-reduce'][1] - split['collectives']['all-reduce'][1]
+  assert 0 < grown < 0.2 * entries
 
 
 def test_a_merge_without_data_sends_nothing(tpu, monkeypatch):
