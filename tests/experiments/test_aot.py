@@ -90,7 +90,7 @@ def test_a_step_compiles_for_a_slice(tpu):
 
 
 def test_a_merge_without_data_sends_nothing(tpu, monkeypatch):
-  small = {'layers': {'0': {'w': (64, 128)}}, 'norm': (64,)}
+  small = {'layers': {'0': {'w': (64, 128)}}, 'norm': (1024,)}
   leaves = jax.tree.map(
     lambda shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16),
     small,
