@@ -31,8 +31,8 @@ Concrete's badnets are 14 of the 18 runs. The worst single ones: badmerging 21.3
 where the clean merge has 10.8, lobam 30.2 where it has 20.9, badnets 9.0 where
 it has 9.0.
 
-With the audit as it is now, one merge each, in brackets the clean merge and
-task_arithmetic:
+With an audit of six images a step that its last round judged, one merge each,
+in brackets the clean merge and task_arithmetic:
 
   badmerging_gtsrb_0  | 3.1 (16.9, 94.1)
 
