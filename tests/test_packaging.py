@@ -23,7 +23,7 @@ LAYERS = (
   ('layout',),
   ('tree',),
   ('base',),
-  ('selection',),
+  ('selection', 'warps'),
   (
     'losses',
     'masks',

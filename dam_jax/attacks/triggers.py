@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dam_jax import warps
+
 Bounds = dict[str, tuple[tuple[int, ...], float, float]]
 """Of each array of a trigger: its shape, the least and the largest value."""
 
@@ -93,7 +95,11 @@ class Warp:
 
   def apply(self, images: jax.Array) -> jax.Array:
     """See `apply_trigger`."""
-    return _sample(images, jnp.asarray(self.grid, images.dtype))
+    height, width = images.shape[-3:-1]
+    x, y = jnp.moveaxis(jnp.asarray(self.grid, images.dtype), -1, 0)
+    return warps.sample(
+      images, (x + 1) / 2 * (width - 1), (y + 1) / 2 * (height - 1)
+    )
 
 
 @_with_arrays('offset')
@@ -178,29 +184,6 @@ def _over(x: jax.Array, images: jax.Array) -> jax.Array:
   """Lays an array `[H, W, C]` of a trigger over images `[..., H, W, C]`."""
   x = jnp.asarray(x, images.dtype)
   return jnp.expand_dims(x, tuple(range(images.ndim - x.ndim)))
-
-
-def _sample(images: jax.Array, grid: jax.Array) -> jax.Array:
-  """Samples images at a grid, bilinearly, the border continued outside."""
-  height, width = images.shape[-3:-1]
-  x = jnp.clip((grid[..., 0] + 1) / 2 * (width - 1), 0, width - 1)
-  y = jnp.clip((grid[..., 1] + 1) / 2 * (height - 1), 0, height - 1)
-  left, top = jnp.floor(x), jnp.floor(y)
-  dx, dy = (x - left)[..., None], (y - top)[..., None]
-  left, top = left.astype(jnp.int32), top.astype(jnp.int32)
-  right = jnp.minimum(left + 1, width - 1)
-  bottom = jnp.minimum(top + 1, height - 1)
-
-  def at(row, column):
-    return images[..., row, column, :]
-
-  def blend(a, b, d):
-    d = d.reshape((1,) * (images.ndim - 3) + d.shape)
-    return a * (1 - d) + b * d
-
-  upper = blend(at(top, left), at(top, right), dx)
-  lower = blend(at(bottom, left), at(bottom, right), dx)
-  return blend(upper, lower, dy)
 
 
 def check_share(name: str, value: float) -> None:
