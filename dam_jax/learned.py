@@ -350,35 +350,34 @@ def dam_robust(
   warmup_ascents: int = 100,
   seeds: perturbations.Seeds | None = None,
   safety_weight: float = 0.3,
+  shun_weight: float = 10.0,
   steps: int = 300,
   preprocess_fn: PreprocessFn = identity,
 ) -> Merger:
   """Defense-Aware Merging that asks the experts what is right.
 
-  A backdoored expert behaves on clean images, and is only ever asked about
-  those. Each expert and parameter has a coefficient `2 init sigmoid(L)`. It
-  minimises the cross-entropy of the merged model to each expert's own
-  predictions on clean images, and on images with a soft patch that learns to
-  fool the expert alone, where it mostly meets a backdoor, then the merge.
+  A backdoored expert behaves on clean images, and is only asked about those.
+  Each expert and parameter has a coefficient `2 init sigmoid(L)`. It minimises
+  the cross-entropy to each expert's own clean predictions, on clean images and
+  on those with soft patches that learn to fool the expert, and then the merge.
 
   Args:
     logits_fn: one forward pass for all tasks.
     image_shape: `(H, W, C)`.
     task_logits_fn: one forward pass for one task, for patches on experts alone.
-    granularity: 'arithmetic' has only the masks; 'task' and 'leaf' also learn
-      coefficients together with them.
+    granularity: of coefficients that are learned too; 'arithmetic' has none.
     init: every coefficient at the start.
     mask: one a task and parameter, deterministic.
     tx: learns the coefficients.
-    area: in pixels, what a patch may cover for free; None is 40 of 32 x 32, or
-      the same share of another image.
+    area: in pixels, what a patch covers for free; None is 40/1024 of an image.
     adversary_tx: learns the patches.
     ascents: its steps before each step of the masks.
     restarts: patches a task, which take turns to ascend and share the images.
     warmup_ascents: steps of each patch before the first step of the masks.
-    seeds: more patches: triggers that `dam_jax.audit` inverted on each expert
-      alone. They stay as they are, and a copy of each follows the merge.
-    safety_weight: of the loss on images with patches.
+    seeds: patches and warps that `dam_jax.audit` and `dam_jax.warps` inverted
+      on each expert alone. They stay, and copies of patches follow the merge.
+    safety_weight: of the loss on images with patches and warps.
+    shun_weight: in that loss, of keeping images from classes that seeds shun.
     steps: of the masks.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
 
@@ -414,6 +413,7 @@ def dam_robust(
     ),
     clean_loss='reference',
     safety_loss='reference',
+    shun_weight=shun_weight,
     labels='reference',
     own_images=True,
     warmup_steps=-(-warmup_ascents // ascents),

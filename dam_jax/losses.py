@@ -77,6 +77,30 @@ def targeted(
   return jnp.mean(jnp.where(labels == goals, 0, each), axis=-1)
 
 
+def shun(logits: jax.Array, labels: jax.Array, classes: jax.Array) -> jax.Array:
+  """Keeps images from a class that is not theirs, `-log(1 - p_c)`.
+
+  Args:
+    logits: `[T, B, L]` under perturbation.
+    labels: `[T, B]` integers that the images have.
+    classes: `[T, B]` integers that they are not to get, -1 for none.
+
+  Returns:
+    `[T]` float32, in nats, 0 for images of that class.
+
+  Examples:
+    >>> logits, labels = jnp.zeros((1, 2, 4)), jnp.array([[0, 2]])
+    >>> round(float(shun(logits, labels, jnp.array([[2, 2]]))[0]), 3)
+    0.144
+  """
+  share = jax.nn.softmax(logits.astype(jnp.float32))
+  share = jnp.take_along_axis(share, jnp.maximum(classes, 0)[..., None], -1)
+  # 0.999 bounds this, and its gradient, where the model is certain.
+  each = -jnp.log1p(-0.999 * share[..., 0])
+  own = (classes < 0) | (labels == classes)
+  return jnp.mean(jnp.where(own, 0, each), axis=-1)
+
+
 def jensen_shannon(logits: jax.Array, other: jax.Array) -> jax.Array:
   """Jensen-Shannon divergence of two predictions.
 

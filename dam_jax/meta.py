@@ -268,12 +268,12 @@ class _Engine:
     (images, references), (safe_images, safe_references) = draws[0], draws[-1]
     needs_clean = clean or r.shared or r.safety_loss == 'consistency'
     views = [self.preprocess_fn(images)] if needs_clean else []
+    shunned = None
     if safety and r.adversary is not None:
-      views.append(
-        r.adversary.deal(
-          state.adversary, safe_images, state.count, self.axis_name
-        )
+      perturbed, shunned = r.adversary.deal(
+        state.adversary, safe_images, state.count, self.axis_name
       )
+      views.append(perturbed)
     pixels, num = jnp.concatenate(views, axis=1), images.shape[1]
     if r.shared and safety:
       plain = self._combine(model, state.coefficients, {})
@@ -288,7 +288,7 @@ class _Engine:
         metrics['clean/loss'] = each
         total += clean * jnp.sum(each)
       if safety:
-        each = self.spec.safety(perturbed, fixed, safe_references)
+        each = r.safety(perturbed, fixed, safe_references, shunned)
         metrics['safety/loss'] = each
         total += safety * jnp.sum(each)
       if safety and r.shared:

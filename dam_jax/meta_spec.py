@@ -101,6 +101,8 @@ class MetaSpec:
       cross-entropy to the references.
     safety_loss: on perturbed images: 'entropy', cross-entropy to the merged
       model's own clean prediction ('consistency'), or to the references.
+    shun_weight: of keeping images on which it is known what the perturbation
+      leads to from that class, in the safety loss; needs references.
     labels: what the adversary leads away from: the merged model's
       'prediction' on the clean image, or the 'reference'.
     shared: shared-adversarial terms of SAU in adversary and safety loss, whose
@@ -119,6 +121,7 @@ class MetaSpec:
   adversary: Adversary | None = None
   clean_loss: str = 'entropy'
   safety_loss: str = 'entropy'
+  shun_weight: float = 0.0
   labels: str = 'prediction'
   shared: Shared | None = None
   own_images: bool = False
@@ -208,6 +211,7 @@ class MetaSpec:
     logits: jax.Array,
     clean_logits: jax.Array,
     references: jax.Array | None,
+    shunned: jax.Array | None = None,
   ) -> jax.Array:
     """Returns the safety loss `[T]` of logits on perturbed images."""
     if self.safety_loss == 'entropy':
@@ -216,4 +220,9 @@ class MetaSpec:
       each = losses.cross_entropy(logits, jnp.argmax(clean_logits, axis=-1))
     else:
       each = losses.cross_entropy(logits, _given(references))
-    return jnp.mean(each, axis=-1)
+    loss = jnp.mean(each, axis=-1)
+    if self.shun_weight and shunned is not None:
+      labels = jnp.argmax(_given(references), axis=-1)
+      away = losses.shun(logits, labels, shunned)
+      loss += self.shun_weight * away.astype(loss.dtype)
+    return loss

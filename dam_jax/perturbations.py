@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from dam_jax.typing import Batch, PreprocessFn
+from dam_jax.warps import warp
 
 
 class Seeds(NamedTuple):
@@ -25,10 +26,15 @@ class Seeds(NamedTuple):
   Attributes:
     params: leaves `[S, T, ...]`.
     classes: `[S, T]` int32 that each leads to.
+    points: `[W, T, G, G, 2]` of warps (`dam_jax.warps`) besides, if any.
+    shunned: `[S + W, T]` int32 classes that images dealt to each, not to its
+      copy, are to be kept from, -1 for none; None shuns none.
   """
 
   params: Any
   classes: jax.Array
+  points: jax.Array | None = None
+  shunned: jax.Array | None = None
 
 
 class Adversary(NamedTuple):
@@ -49,7 +55,8 @@ class Adversary(NamedTuple):
       step, and take turns from then on.
     seeds: each never moves, but a copy of it takes turns with the restarts,
       and leads the merge to the seed's class as the masks learn; images are
-      dealt to both. None has none.
+      dealt to both, and to warps, which have no copies. None has none.
+    preprocess_fn: from images in [0, 1] to what the model reads, for warps.
   """
 
   init: Callable[[jax.Array, int], Any]
@@ -61,6 +68,7 @@ class Adversary(NamedTuple):
   cap: float = float('inf')
   restarts: int = 1
   seeds: Seeds | None = None
+  preprocess_fn: PreprocessFn = lambda images: images
 
   @property
   def moving(self) -> int:
@@ -147,7 +155,7 @@ class Adversary(NamedTuple):
     images: jax.Array,
     count: jax.Array,
     axis_name: str | None = None,
-  ) -> jax.Array:
+  ) -> tuple[jax.Array, jax.Array | None]:
     """Perturbs each image of a batch with one that moves, or a seed.
 
     Args:
@@ -157,11 +165,14 @@ class Adversary(NamedTuple):
       axis_name: of the devices that each have a part of the images, if any.
 
     Returns:
-      `[T, B, H, W, C]`, what the model reads.
+      `[T, B, H, W, C]`, what the model reads, and `[T, B]` which classes the
+      images are not to get, -1 for none, if any are shunned.
     """
+    points = None
     if self.seeds is not None:
-      params = _joined(params, self.seeds.params)
-    num, all_hands = images.shape[1], len(jax.tree.leaves(params)[0])
+      params, points = _joined(params, self.seeds.params), self.seeds.points
+    num, patches = images.shape[1], len(jax.tree.leaves(params)[0])
+    all_hands = patches + (0 if points is None else len(points))
     block = count
     if axis_name is not None:
       block = count * jax.lax.axis_size(axis_name) + jax.lax.axis_index(
@@ -170,10 +181,20 @@ class Adversary(NamedTuple):
     hands = (block * num + jnp.arange(num, dtype=count.dtype)) % all_hands
 
     def perturb(hand, image):
-      own = jax.tree.map(lambda x: x[hand], params)
-      return self.perturb(own, image[:, None], True)[:, 0]
+      at = jnp.minimum(hand, patches - 1)
+      own = jax.tree.map(lambda x: x[at], params)
+      pixels = self.perturb(own, image[:, None], True)[:, 0]
+      if points is None:
+        return pixels
+      bent = jax.vmap(warp)(image, points[jnp.maximum(hand - patches, 0)])
+      return jnp.where(hand < patches, pixels, self.preprocess_fn(bent))
 
-    return jax.vmap(perturb, in_axes=(0, 1), out_axes=1)(hands, images)
+    pixels = jax.vmap(perturb, in_axes=(0, 1), out_axes=1)(hands, images)
+    if self.seeds is None or self.seeds.shunned is None:
+      return pixels, None
+    none = jnp.full((self.moving, len(images)), -1)
+    shunned = jnp.concatenate([none, self.seeds.shunned])
+    return pixels, shunned[hands].T
 
 
 def _joined(*params: Any) -> Any:
@@ -322,16 +343,7 @@ def soft_patch(
     return price * jnp.sum(jax.nn.relu(covered / area - 1))
 
   if seeds is not None:
-    found = [x.shape for x in (*seeds.params, seeds.classes)]
-    lead = found[-1]
-    if len(lead) != 2 or found[:2] != [
-      (*lead, *image_shape[:2], 1),
-      (*lead, *image_shape),
-    ]:
-      raise ValueError(
-        f'seeds must be [S, T, ...] of images {image_shape} and their masks, '
-        f'and classes [S, T], got {found}'
-      )
+    _check_seeds(seeds, image_shape)
   return Adversary(
     init_fn,
     perturb_fn,
@@ -342,4 +354,32 @@ def soft_patch(
     cap,
     restarts,
     seeds,
+    preprocess_fn,
   )
+
+
+def _check_seeds(seeds: Seeds, image_shape: tuple[int, int, int]) -> None:
+  """Raises unless patches, their classes and warps fit each other."""
+  found = [x.shape for x in (*seeds.params, seeds.classes)]
+  lead = found[-1]
+  if len(lead) != 2 or found[:2] != [
+    (*lead, *image_shape[:2], 1),
+    (*lead, *image_shape),
+  ]:
+    raise ValueError(
+      f'seeds must be [S, T, ...] of images {image_shape} and their masks, '
+      f'and classes [S, T], got {found}'
+    )
+  num = lead[0]
+  if seeds.points is not None:
+    shape = seeds.points.shape
+    if len(shape) != 5 or shape[1] != lead[1] or shape[4] != 2:
+      raise ValueError(
+        f'points of warps must be [W, {lead[1]}, G, G, 2], got {list(shape)}'
+      )
+    num += shape[0]
+  if seeds.shunned is not None and seeds.shunned.shape != (num, lead[1]):
+    raise ValueError(
+      f'shunned classes must be [{num}, {lead[1]}], one for each patch and '
+      f'warp, got {list(seeds.shunned.shape)}'
+    )

@@ -42,6 +42,24 @@ def test_cross_entropy_to_classes_and_to_probabilities():
   np.testing.assert_allclose(losses.cross_entropy(x, SOFT), want, rtol=1e-4)
 
 
+def test_shun_asks_only_images_that_are_not_of_the_class():
+  logits = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+  labels = np.array([[0, 1, 2], [3, 3, 0]])
+  classes = np.array([[1, 1, 1], [3, -1, 2]])
+  share = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+  each = [-np.log1p(-0.999 * share[0, i, 1]) for i in (0, 2)]
+  want = [sum(each) / 3, -np.log1p(-0.999 * share[1, 2, 2]) / 3]
+  got = losses.shun(*map(jnp.asarray, (logits, labels, classes)))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+  certain = jnp.full((1, 1, 2), -1e4).at[..., 0].set(0.0)
+  zero = jnp.zeros((1, 1), jnp.int32)
+  for dtype in (jnp.float32, jnp.bfloat16):
+    loss, grad = jax.value_and_grad(
+      lambda x: losses.shun(x, zero + 1, zero).sum()
+    )(certain.astype(dtype))
+    assert np.isfinite([float(loss), *map(float, grad.ravel())]).all()
+
+
 def test_jensen_shannon():
   x, y = make_logits(0), make_logits(1)
   p, q = softmax(x), softmax(y)

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from dam_jax import losses
 from dam_jax import masks
 from dam_jax import perturbations
 from dam_jax.meta import meta_merger
@@ -52,6 +53,22 @@ def test_bad_specs_are_named(options, message):
 def test_bad_coefficients_are_named(options, message):
   with pytest.raises(ValueError, match=message):
     Coefficients(**options)
+
+
+def test_shunned_classes_are_part_of_the_safety_loss():
+  logits = jax.random.normal(jax.random.key(0), (2, 3, 4))
+  references = jax.nn.one_hot(jnp.array([[0, 1, 2], [3, 3, 0]]), 4)
+  shunned = jnp.array([[1, 1, -1], [2, 3, 3]])
+  spec = MetaSpec(safety_loss='reference', shun_weight=2.0)
+  away = losses.shun(logits, jnp.argmax(references, axis=-1), shunned)
+  assert (away > 0).all()
+  np.testing.assert_allclose(
+    spec.safety(logits, logits, references, shunned),
+    spec.safety(logits, logits, references) + 2 * away,
+    rtol=1e-6,
+  )
+  with pytest.raises(ValueError, match='give Batch.references'):
+    MetaSpec(shun_weight=1.0).safety(logits, logits, None, shunned)
 
 
 def test_missing_references_are_named(tiny):

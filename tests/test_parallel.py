@@ -40,7 +40,10 @@ LAYOUTS = {
 def _seeds():
   shape = (1, 3, *SHAPE[:2])
   patches = SoftPatch(jnp.full((*shape, 1), -2.0), jnp.zeros((*shape, 3)))
-  return Seeds(patches, jnp.array([[1, 2, 0]], jnp.int32))
+  points = jnp.ones((1, 3, 2, 2, 2))
+  classes = jnp.array([[1, 2, 0]], jnp.int32)
+  shunned = jnp.array([[-1, 2, 0], [3, -1, 1]], jnp.int32)
+  return Seeds(patches, classes, points, shunned)
 
 
 MERGES = {

@@ -9,6 +9,7 @@ import pytest
 from dam_jax import losses
 from dam_jax import perturbations
 from dam_jax.typing import Batch
+from dam_jax.warps import warp
 
 T, B, SHAPE = 2, 3, (4, 5, 3)
 
@@ -178,7 +179,7 @@ def test_images_are_dealt_to_the_restarts():
   adversary, params = some_patches(restarts=2)
   images = jnp.asarray(make_images())
   for count, hands in ((0, [0, 1, 0]), (1, [1, 0, 1])):
-    got = adversary.deal(params, images, jnp.int32(count))
+    got, _ = adversary.deal(params, images, jnp.int32(count))
     for i, hand in enumerate(hands):
       own = jax.tree.map(lambda x, hand=hand: x[hand], params)
       want = adversary.perturb(own, images, True)[:, i]
@@ -195,11 +196,39 @@ def test_images_are_dealt_to_seeds_too_which_never_move():
     np.testing.assert_array_equal(x, jnp.concatenate([own, seed]))
   moved = jax.tree.map(lambda x: x + 1, start)
   images = jnp.asarray(make_images())
-  got = adversary.deal(moved, images, jnp.int32(0))
+  got, shunned = adversary.deal(moved, images, jnp.int32(0))
+  assert shunned is None
   for i, (own, at) in enumerate(((moved, 0), (moved, 1), (patches, 0))):
     own = jax.tree.map(lambda x, at=at: x[at], own)
     want = adversary.perturb(own, images, True)[:, i]
     np.testing.assert_allclose(got[:, i], want, rtol=1e-6)
+
+
+def test_images_are_dealt_to_warps_too():
+  _, patches = some_patches(restarts=1)
+  points = jax.random.normal(jax.random.key(1), (2, T, 3, 3, 2))
+  shunned = jnp.array([[4, -1], [0, 2], [-1, 3]], jnp.int32)
+  seeds = perturbations.Seeds(
+    patches, jnp.zeros((1, T), jnp.int32), points, shunned
+  )
+  adversary, _ = some_patches(restarts=1, seeds=seeds)
+  moved = jax.tree.map(lambda x: x + 1, adversary.start(jax.random.key(0), T))
+  assert len(moved.mask_logits) == adversary.moving == 2
+  images = jnp.asarray(make_images())
+  got, shunned = zip(
+    *(adversary.deal(moved, images, jnp.int32(i)) for i in range(2)),
+    strict=True,
+  )
+  want = [[-1, -1, 4, 0, -1, -1], [-1, -1, -1, 2, 3, -1]]
+  assert jnp.concatenate(shunned, axis=1).tolist() == want
+  for n, pixels in enumerate(jnp.concatenate(got, axis=1).swapaxes(0, 1)):
+    hand, image = n % 5, images[:, n % B]
+    if hand < 3:
+      own = jax.tree.map(lambda x, y, h=hand: [*x, *y][h], moved, patches)
+      want = adversary.perturb(own, image[:, None], True)[:, 0]
+    else:
+      want = preprocess(jax.vmap(warp)(image, points[hand - 3]))
+    np.testing.assert_allclose(pixels, want, rtol=1e-5, atol=1e-5)
 
 
 def test_copies_of_seeds_take_turns_and_lead_to_their_classes():
@@ -273,6 +302,33 @@ def test_restarts_ascend_on_their_own():
         )
       },
       r'seeds must be .* got \[\(2, 5, 1\), \(3,\), \(2, 1\)\]',
+    ),
+    (
+      perturbations.soft_patch,
+      {
+        'seeds': perturbations.Seeds(
+          perturbations.SoftPatch(
+            jnp.zeros((2, 1, *SHAPE[:2], 1)), jnp.zeros((2, 1, *SHAPE))
+          ),
+          jnp.zeros((2, 1), jnp.int32),
+          jnp.zeros((4, 3, 4, 4, 2)),
+        )
+      },
+      r'warps must be \[W, 1, G, G, 2\], got \[4, 3, 4, 4, 2\]',
+    ),
+    (
+      perturbations.soft_patch,
+      {
+        'seeds': perturbations.Seeds(
+          perturbations.SoftPatch(
+            jnp.zeros((2, 1, *SHAPE[:2], 1)), jnp.zeros((2, 1, *SHAPE))
+          ),
+          jnp.zeros((2, 1), jnp.int32),
+          jnp.zeros((4, 1, 4, 4, 2)),
+          jnp.zeros((2, 1), jnp.int32),
+        )
+      },
+      r'shunned classes must be \[6, 1\], .* got \[2, 1\]',
     ),
   ],
 )
