@@ -2,21 +2,22 @@
 
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
-For each upload the trigger that it obeys and the base does not is searched,
-with unlabelled dev images (`dam_jax.audit`), on it alone or together with those
-for other tasks that it was not made apart from. Writes to the workdir:
+For each upload the patch and the warp that it obeys and the base does not are
+searched, with unlabelled dev images (`dam_jax.audit`, `dam_jax.warps`), on it
+alone or together with those for other tasks that it was not made apart from;
+what follows is of that which stands out more. Writes to the workdir:
 audit.json, audit.md, audit.html, triggers.png and, where the pool says which
 uploads are bad, roc.png. An upload that is in audit.json is not audited again,
 unless it has other company now.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import json
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple
 import zlib
 
 import jax
@@ -31,6 +32,7 @@ from dam_jax import attacks
 from dam_jax import audit
 from dam_jax import checkpoint
 from dam_jax import evaluate
+from dam_jax import warps
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
 from experiments import command
@@ -50,6 +52,7 @@ KEYS = {
   'first_round': 'steps of the scouts of each class',
   'keep': 'classes that are searched further',
   'last_round': 'steps of each of the two rounds that follow',
+  'warp_steps': 'steps of each of the warps',
   'scale': 'of task arithmetic, the merge that triggers are tried on',
   'seed': 'of everything random',
 }
@@ -122,6 +125,22 @@ def find_uploads(
   return out
 
 
+class _Found(NamedTuple):
+  """The best trigger of a kind.
+
+  Attributes:
+    suspicion: of all of its kind.
+    row: what else is said of it.
+    put: puts it on images.
+    picture: of it, `[H, W, C]`.
+  """
+
+  suspicion: float
+  row: dict[str, Any]
+  put: Callable[[jax.Array], jax.Array]
+  picture: np.ndarray
+
+
 class Auditor:
   """Audits uploads of one pool, all with the same compiled search.
 
@@ -148,6 +167,11 @@ class Auditor:
       first=config.first_round,
       last=config.last_round,
       keep=config.keep,
+    )
+    self.warp_inverter = warps.WarpInverter(
+      task_logits_fn=shop.task_logits,
+      image_shape=shop.tower.config.image_shape,
+      steps=config.warp_steps,
     )
     self.base = self.load('base')
 
@@ -210,7 +234,7 @@ class Auditor:
       company: uploads that it is searched with, and how alike they are.
 
     Returns:
-      A row of audit.json, and the trigger found on grey `[H, W, C]`.
+      A row of audit.json, and a picture of the trigger, `[H, W, C]`.
     """
     begin = time.perf_counter()
     task, row = self.tasks[upload.task], self.names.index(upload.task)
@@ -225,22 +249,16 @@ class Auditor:
       0,
       range(1, 1 + len(partners)),
     )
-    found = self.inverter.search(
-      key,
-      searched,
-      row,
-      pixels,
-      len(task.label_names),
-      base=self.base,
+    where = row, pixels, len(task.label_names)
+    patch, warp = (
+      find(key, searched, where) for find in (self._patch, self._warp)
     )
-    at = 0, found.best()
-    patch = jax.tree.map(lambda x: jnp.asarray(x[at]), found.patches)
-    target = int(found.classes[0])
+    most = max(patch, warp, key=lambda found: found.suspicion)
+    target = most.row['target']
 
     def success(model):
       clean = self.predict(model, row, images)
-      put = functools.partial(audit.apply_patch, patch)
-      hit = self.predict(model, row, images, put) == target
+      hit = self.predict(model, row, images, most.put) == target
       return (
         float(np.mean(hit[clean != target])) if (clean != target).any() else 1.0
       )
@@ -257,17 +275,45 @@ class Auditor:
       'known': upload.known,
       'company': {other.name: cosine for other, cosine in company},
       'true_target': None if upload.trigger is None else upload.trigger.target,
-      'suspicion': found.suspicion,
-      'target': target,
+      'suspicion': most.suspicion,
+      **most.row,
       'target_name': task.label_names[target],
-      'lead': float(found.lead[at]),
-      'success': float(found.success[at]),
-      'area': float(found.area[at]),
+      'suspicion_patch': patch.suspicion,
+      'suspicion_warp': warp.suspicion,
       **{f'success_{k}': success(model) for k, model in merges.items()},
       'seconds': time.perf_counter() - begin,
     }
-    grey = jnp.full((1, *images.shape[1:]), 0.5)
-    return found_row, np.asarray(audit.apply_patch(patch, grey)[0])
+    return found_row, most.picture
+
+  def _patch(self, key, params, where) -> _Found:
+    found = self.inverter.search(key, params, *where, base=self.base)
+    at = 0, found.best()
+    best = jax.tree.map(lambda x: jnp.asarray(x[at]), found.patches)
+    row = {
+      'kind': 'patch',
+      'target': int(found.classes[0]),
+      'lead': float(found.lead[at]),
+      'success': float(found.success[at]),
+      'area': float(found.area[at]),
+    }
+    put = functools.partial(audit.apply_patch, best)
+    grey = jnp.full((1, *self.inverter.image_shape), 0.5)
+    return _Found(found.suspicion, row, put, np.asarray(put(grey)[0]))
+
+  def _warp(self, key, params, where) -> _Found:
+    found = self.warp_inverter.search(key, params, *where, base=self.base)
+    at = int(found.lead[:, found.target].argmax()), found.target
+    points = found.points[at[0]]
+    row = {
+      'kind': 'warp',
+      'target': found.target,
+      'lead': float(found.lead[at]),
+      'success': float(found.success[at]),
+      'area': None,
+    }
+    put = functools.partial(warps.warp, points=jnp.asarray(points))
+    picture = pictures.bent_lines(points, self.inverter.image_shape)
+    return _Found(found.suspicion, row, put, picture)
 
 
 def run(
@@ -350,6 +396,7 @@ def _line(row: Mapping[str, Any]) -> str:
 HEADS = {
   'model': 'upload',
   'suspicion': 'suspicion',
+  'kind': 'of a',
   'target_name': 'leads to',
   'success': 'as searched',
   'success_base': 'on the base',
@@ -372,7 +419,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
       value = ', '.join(f'{name} ({x:.2f})' for name, x in value.items())
     elif isinstance(value, float):
       value = f'{value:.2f}' if key == 'suspicion' else f'{value:.0f}'
-    out.append(str(value))
+    out.append('' if value is None else str(value))
   return out
 
 

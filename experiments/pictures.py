@@ -9,11 +9,14 @@ import io
 import textwrap
 from typing import Any
 
+import jax.numpy as jnp
 import matplotlib
 from matplotlib import patheffects
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
+
+from dam_jax import warps
 
 INK, MUTED, RULE = '#1d2733', '#67727e', '#d9dee3'
 FAMILIES = {
@@ -431,6 +434,24 @@ def inversions(
       axes.set_xlabel(_wrapped(label), fontsize=7)
     figure.subplots_adjust(wspace=0.12, hspace=0.5)
     return png(figure)
+
+
+def bent_lines(
+  points: np.ndarray, image_shape: tuple[int, int, int]
+) -> np.ndarray:
+  """Draws what a warp does to a grid of lines.
+
+  Args:
+    points: `[G, G, 2]`, see `dam_jax.warps.warp`.
+    image_shape: `(H, W, C)`.
+
+  Returns:
+    `[H, W, C]` in [0, 1].
+  """
+  height, width, _ = image_shape
+  lines = np.full(image_shape, 0.9, np.float32)
+  lines[height // 16 :: height // 8] = lines[:, width // 16 :: width // 8] = 0.2
+  return np.asarray(warps.warp(jnp.asarray(lines), jnp.asarray(points)))
 
 
 def _wrapped(text: str) -> str:

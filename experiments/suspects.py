@@ -1,4 +1,4 @@
-"""What a merge asks of its experts first: which class a small trigger gives.
+"""What a merge asks of its experts first: which class a trigger gives.
 
 The triggers are evidence for the report, and the seeds that `dam_robust` starts
 its search from.
@@ -7,7 +7,7 @@ its search from.
 from collections.abc import Callable, Sequence
 import hashlib
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,11 @@ import numpy as np
 
 from dam_jax import audit
 from dam_jax import checkpoint
+from dam_jax import warps
 from dam_jax.data.tasks import Task
 from dam_jax.perturbations import Seeds
 from dam_jax.perturbations import SoftPatch
+from experiments import pictures
 
 AREAS = (14.0, 14.0, 28.0, 28.0)
 """Of triggers, in pixels of 32 x 32: what they cover is not known."""
@@ -26,7 +28,17 @@ OTHERS_AREAS = (20.0,)
 """Of those on experts of other tasks."""
 
 
-class Finding(NamedTuple):
+NAMED = 0.6
+"""Suspicion above which a class is held to be a target.
+
+Clean uploads got up to 0.5 (configs/audit.py).
+"""
+
+
+Triggers = TypeVar('Triggers')
+
+
+class Finding(NamedTuple, Generic[Triggers]):
   """What was found on one model for one task.
 
   Attributes:
@@ -34,14 +46,20 @@ class Finding(NamedTuple):
     target: the class.
     success: share of dev images of other classes that become it.
     picture: the trigger on grey, `[H, W, C]`.
-    seeds: triggers for the class, leaves `[S, H, W, ...]`, one an area.
+    seeds: triggers for the class: patches, leaves `[S, H, W, ...]`, one an
+      area, or `[W, G, G, 2]` of warps.
   """
 
   suspicion: float
   target: int
   success: float
   picture: np.ndarray
-  seeds: SoftPatch
+  seeds: Triggers
+
+  @property
+  def named(self) -> int:
+    """The class where it stands out so far that it is a target, else -1."""
+    return self.target if self.suspicion > NAMED else -1
 
 
 class Planted(NamedTuple):
@@ -52,7 +70,7 @@ class Planted(NamedTuple):
     by: index of that without which the trigger works least.
   """
 
-  found: Finding
+  found: Finding[SoftPatch]
   by: int
 
 
@@ -60,15 +78,22 @@ class Suspect(NamedTuple):
   """What was found for one task.
 
   Attributes:
-    own: on its expert, with triggers of several areas.
+    patch: on its expert, of several areas.
+    warp: on its expert.
     company: experts that it was searched together with: how alike the task
       vectors are, by index.
-    others: on all other experts, if there are any.
+    others: patches on all other experts, if there are any.
   """
 
-  own: Finding
+  patch: Finding[SoftPatch]
+  warp: Finding[np.ndarray]
   company: dict[int, float]
   others: Planted | None = None
+
+  @property
+  def own(self) -> Finding:
+    """What stands out most on its expert."""
+    return max(self.patch, self.warp, key=lambda found: found.suspicion)
 
 
 def find(
@@ -84,7 +109,7 @@ def find(
   images: int = 64,
   advance: Callable[[int], None] = lambda num: None,
 ) -> list[Suspect]:
-  """Searches triggers for each task, on its expert and on all others.
+  """Searches patches and warps for each task, patches also on all others.
 
   Args:
     task_logits_fn: `(params, task, images in [0, 1]) -> logits`.
@@ -107,16 +132,17 @@ def find(
   out, company = [], audit.company(audit.gram(base, experts))
   for t in range(len(tasks)):
     params = audit.in_company(base, experts, t, company[t])
-    own = search(
-      t,
-      params,
-      [hashes[i] for i in (t, *company[t])],
-      AREAS,
+    own = [hashes[i] for i in (t, *company[t])]
+    suspect = Suspect(
+      search.patches(t, params, own, AREAS),
+      search.warps(t, params, own),
+      company[t],
     )
-    suspect = Suspect(own, company[t])
     if others := [i for i in range(len(tasks)) if i != t]:
       params = audit.together(base, experts, others)
-      found = search(t, params, [hashes[i] for i in others], OTHERS_AREAS)
+      found = search.patches(
+        t, params, [hashes[i] for i in others], OTHERS_AREAS
+      )
       works = {}
       for j in others:
         params = audit.together(base, experts, [i for i in others if i != j])
@@ -141,21 +167,24 @@ class _Search:
       for task in tasks
     ]
     self.logits_fn = jax.jit(task_logits_fn)
-    image_shape = tasks[0].dev.images.shape[1:]
+    self.image_shape = image_shape = tasks[0].dev.images.shape[1:]
     self.pixel = image_shape[0] * image_shape[1] / 32**2
     self.inverter = audit.Inverter(
       task_logits_fn=task_logits_fn,
       image_shape=image_shape,
       areas=tuple(self.pixel * area for area in AREAS),
     )
+    self.warp_inverter = warps.WarpInverter(
+      task_logits_fn=task_logits_fn, image_shape=image_shape
+    )
 
-  def __call__(
+  def patches(
     self,
     t: int,
     params: Any,
     hashes: Sequence[str],
     areas: tuple[float, ...],
-  ) -> Finding:
+  ) -> Finding[SoftPatch]:
     """Searches, unless it was done before.
 
     Args:
@@ -164,42 +193,77 @@ class _Search:
       hashes: of the experts that it is made of.
       areas: of the triggers, in pixels of 32 x 32.
     """
-    joined = ''.join([self.base_hash, *hashes, str(areas)])
+
+    def find(key):
+      found = self.inverter.search(
+        key,
+        params,
+        t,
+        self.pixels[t],
+        len(self.tasks[t].label_names),
+        base=self.base,
+        areas=tuple(self.pixel * area for area in areas),
+      )
+      best, seeds = found.best(), jax.tree.map(lambda x: x[0], found.patches)
+      return {
+        'suspicion': found.suspicion,
+        'target': found.classes[0],
+        'success': found.success[0, best],
+        'picture': _on_grey(jax.tree.map(lambda x: x[best], seeds)),
+        **seeds._asdict(),
+      }
+
+    held = self._kept(t, hashes, str(areas), find)
+    seeds = SoftPatch(**{name: held.pop(name) for name in SoftPatch._fields})
+    return Finding(seeds=seeds, **held)
+
+  def warps(
+    self, t: int, params: Any, hashes: Sequence[str]
+  ) -> Finding[np.ndarray]:
+    """Searches warps, unless it was done before; arguments as above."""
+
+    def find(key):
+      found = self.warp_inverter.search(
+        key,
+        params,
+        t,
+        self.pixels[t],
+        len(self.tasks[t].label_names),
+        base=self.base,
+      )
+      best = np.argmax(found.lead[:, found.target])
+      return {
+        'suspicion': found.suspicion,
+        'target': found.target,
+        'success': found.success[best, found.target],
+        'picture': pictures.bent_lines(found.points[best], self.image_shape),
+        'points': found.points,
+      }
+
+    held = self._kept(t, hashes, 'warps', find)
+    return Finding(seeds=held.pop('points'), **held)
+
+  def _kept(
+    self,
+    t: int,
+    hashes: Sequence[str],
+    what: str,
+    find: Callable[[jax.Array], dict[str, Any]],
+  ) -> dict[str, Any]:
+    """Reads what was found before, or finds it."""
+    joined = ''.join([self.base_hash, *hashes, what])
     own_hash = hashlib.sha256(joined.encode()).hexdigest()
     name = f'{self.tasks[t].name}-{own_hash[:16]}'
     path = self.folder / f'{name}-{len(self.pixels[t])}-{self.seed}.npz'
     if not path.exists():
-      self._write(path, t, params, int(own_hash[:8], 16), areas)
+      number = int(own_hash[:8], 16)
+      found = find(jax.random.fold_in(jax.random.key(self.seed), number))
+      with checkpoint.replacing(path) as temporary, temporary.open('wb') as f:
+        np.savez(f, **found)
     with np.load(path, allow_pickle=False) as file:
-      held = dict(file)
-    seeds = SoftPatch(held.pop('mask_logits'), held.pop('pattern_logits'))
-    values = {k: x.item() if not x.ndim else x for k, x in held.items()}
-    return Finding(seeds=seeds, **values)
+      return {k: x.item() if not x.ndim else x for k, x in file.items()}
 
-  def _write(self, path, t, params, number, areas):
-    key = jax.random.fold_in(jax.random.key(self.seed), number)
-    found = self.inverter.search(
-      key,
-      params,
-      t,
-      self.pixels[t],
-      len(self.tasks[t].label_names),
-      base=self.base,
-      areas=tuple(self.pixel * area for area in areas),
-    )
-    best, seeds = found.best(), jax.tree.map(lambda x: x[0], found.patches)
-    with checkpoint.replacing(path) as temporary, temporary.open('wb') as f:
-      np.savez(
-        f,
-        suspicion=found.suspicion,
-        target=found.classes[0],
-        success=found.success[0, best],
-        picture=_on_grey(jax.tree.map(lambda x: x[best], seeds)),
-        mask_logits=seeds.mask_logits,
-        pattern_logits=seeds.pattern_logits,
-      )
-
-  def success(self, t: int, params: Any, found: Finding) -> float:
+  def success(self, t: int, params: Any, found: Finding[SoftPatch]) -> float:
     """Returns the share of images that a found trigger leads to its class."""
     first = jax.tree.map(lambda x: jnp.asarray(x[0]), found.seeds)
     triggered = audit.apply_patch(first, self.pixels[t])
@@ -213,19 +277,22 @@ def _on_grey(patch: SoftPatch) -> jax.Array:
 
 
 def seeds(suspects: Sequence[Suspect]) -> Seeds:
-  """Returns the triggers of all tasks, leaves `[S, T, H, W, ...]`."""
-  patches, classes = [], []
+  """Returns the triggers of all tasks, leaves `[S, T, ...]`."""
+  patches, points, classes, shunned = [], [], [], []
   for suspect in suspects:
-    found = [suspect.own]
+    found = [suspect.patch]
     if suspect.others is not None:
       found.append(suspect.others.found)
     patches.append(
       jax.tree.map(lambda *x: jnp.concatenate(x), *[f.seeds for f in found])
     )
-    classes.append(
-      jnp.concatenate([jnp.full(len(f.seeds[0]), f.target) for f in found])
-    )
+    points.append(suspect.warp.seeds)
+    classes.append([f.target for f in found for _ in f.seeds.mask_logits])
+    shunned.append([f.named for f in found for _ in f.seeds.mask_logits])
+    shunned[-1] += [suspect.warp.named] * len(suspect.warp.seeds)
   return Seeds(
     jax.tree.map(lambda *x: jnp.stack(x, axis=1), *patches),
-    jnp.stack(classes, axis=1).astype(jnp.int32),
+    jnp.array(classes, jnp.int32).T,
+    jnp.stack(points, axis=1),
+    jnp.array(shunned, jnp.int32).T,
   )

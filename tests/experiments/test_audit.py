@@ -55,6 +55,10 @@ def test_every_upload_is_audited_and_shown(done, small_pool):
     assert name in page
     assert name in (workdir / 'audit.md').read_text()
   assert page.count('data:image/png;base64,') == 2
+  for row in rows.values():
+    kinds = {kind: row[f'suspicion_{kind}'] for kind in ('patch', 'warp')}
+    assert row['suspicion'] == max(kinds.values()) == kinds[row['kind']]
+    assert (row['area'] is None) == (row['kind'] == 'warp')
 
 
 def test_an_upload_that_was_audited_is_not_audited_again(done, small_pool):
@@ -178,16 +182,27 @@ def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
   num = len(suspects.AREAS)
   shape = (num + 1, 3, *setup.image_shape)
   assert seeds.params.pattern_logits.shape == shape
-  own = [suspect.own.target for suspect in found]
+  assert seeds.points.shape == (4, 3, 4, 4, 2)
+  own = [suspect.patch.target for suspect in found]
   others = [suspect.others.found.target for suspect in found]
   assert seeds.classes.tolist() == [own] * num + [others]
+  for t, suspect in enumerate(found):
+    each = [suspect.patch] * num + [suspect.others.found] + [suspect.warp] * 4
+    assert seeds.shunned[:, t].tolist() == [
+      f.target if f.suspicion > suspects.NAMED else -1 for f in each
+    ]
   covered = np.asarray(seeds.params.opacity()).sum((-3, -2, -1))
   assert covered[0].mean() < covered[num - 1].mean()
   assert all(s.others.by != t for t, s in enumerate(found))
   times = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
-  assert len(times) == 6
+  assert len(times) == 9
   for a, b in zip(found, find(), strict=True):
-    for x, y in ((a.own, b.own), (a.others.found, b.others.found)):
+    assert a.own.suspicion == max(a.patch.suspicion, a.warp.suspicion)
+    for x, y in (
+      (a.patch, b.patch),
+      (a.warp, b.warp),
+      (a.others.found, b.others.found),
+    ):
       assert (x.suspicion, x.target) == (y.suspicion, y.target)
-      np.testing.assert_array_equal(x.seeds.mask_logits, y.seeds.mask_logits)
+      jax.tree.map(np.testing.assert_array_equal, x.seeds, y.seeds)
   assert times == [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
