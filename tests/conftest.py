@@ -38,23 +38,6 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture(autouse=True, scope='session')
-def _compile_fast(tmp_path_factory):
-  """Tests compile much, often the same, and compute little."""
-  options = {
-    'jax_disable_most_optimizations': True,
-    'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
-    'jax_persistent_cache_min_compile_time_secs': 0,
-    'jax_persistent_cache_min_entry_size_bytes': -1,
-  }
-  before = {name: jax.config.values[name] for name in options}
-  for name, value in options.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
 @pytest.fixture(scope='session')
 def shared() -> Path:
   """The folder of checkpoints and reference arrays beside the repository."""
