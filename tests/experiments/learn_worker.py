@@ -22,8 +22,13 @@ NAME, SHAPE, TASKS, STEPS = 'dam_paper', (4, 4, 3), 3, 120
 MAX_LOST = 10
 
 
-def run(folder, *, pause=0.0, started=None):
-  """Learns, or goes on; notes each start, and what was done at the end."""
+def run(folder, then=lambda steps: None):
+  """Learns, or goes on; notes each start, and what was done at the end.
+
+  Args:
+    folder: to write to.
+    then: called with the number of steps that are done, after each chunk.
+  """
   folder = pathlib.Path(folder)
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 1)
@@ -62,9 +67,7 @@ def run(folder, *, pause=0.0, started=None):
     done.append(steps)
     with (folder / 'done').open('a') as file:
       file.write(f'{sum(done)}\n')
-    if started is not None:
-      started.set()
-    time.sleep(pause)
+    then(sum(done))
 
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / 'done').open('a') as file:
@@ -88,10 +91,26 @@ def run(folder, *, pause=0.0, started=None):
   np.savez(folder / 'metrics.npz', **learned.metrics)
 
 
-def run_until_asked(folder, started):
-  """Learns slowly; SIGTERM has it save and exit with the known code."""
+def run_slowly(folder, started):
+  """Learns with a pause after each chunk, and says when it begins."""
+
+  def then(_):
+    started.set()
+    time.sleep(0.02)
+
+  run(folder, then)
+
+
+def run_until_asked(folder, started, asked):
+  """Takes a chunk and waits; SIGTERM has it save and exit with the code."""
+
+  def then(steps):
+    if steps:
+      started.set()
+      asked.wait()
+
   preemption.exit_at_once()
-  run(folder, pause=0.05, started=started)
+  run(folder, then)
 
 
 def run_on_a_full_disk(folder):

@@ -62,9 +62,7 @@ def test_a_run_that_is_killed_at_any_moment_loses_few_steps(context, whole):
     while not (folder / 'metrics.npz').exists():
       started = context.Event()
       process = context.Process(
-        target=worker.run,
-        args=(folder,),
-        kwargs={'pause': 0.02, 'started': started},
+        target=worker.run_slowly, args=(folder, started)
       )
       process.start()
       assert started.wait(timeout=120)
@@ -86,14 +84,15 @@ def test_a_run_that_is_killed_at_any_moment_loses_few_steps(context, whole):
 def test_a_run_that_is_asked_to_stop_saves_and_exits_with_a_code(
   context, whole
 ):
-  folder, started = whole.parent / 'asked', context.Event()
+  folder = whole.parent / 'asked'
+  started, asked = context.Event(), context.Event()
   process = context.Process(
-    target=worker.run_until_asked, args=(folder, started)
+    target=worker.run_until_asked, args=(folder, started, asked)
   )
   process.start()
   assert started.wait(timeout=120)
-  time.sleep(0.2)
   os.kill(process.pid, signal.SIGTERM)
+  asked.set()
   process.join(timeout=60)
   assert process.exitcode == preemption.EXIT_CODE
   process = context.Process(target=worker.run, args=(folder,))
