@@ -18,7 +18,7 @@ from dam_jax.data import pipeline
 from experiments import learn
 from experiments import preemption
 
-NAME, SHAPE, TASKS, STEPS = 'dam_paper', (4, 4, 3), 3, 120
+NAME, SHAPE, TASKS, STEPS = 'concrete', (4, 4, 3), 3, 60
 MAX_LOST = 10
 
 
@@ -45,9 +45,7 @@ def run(folder, then=lambda steps: None):
     x = images.reshape(*images.shape[:2], -1) @ params['kernel']
     return jnp.einsum('tbd,tdl->tbl', jnp.tanh(x), heads)
 
-  merger = dj.dam_paper(
-    logits_fn, image_shape=SHAPE, steps=STEPS, coefficient_steps=0
-  )
+  merger = dj.concrete(logits_fn, steps=STEPS, coefficient_steps=0)
   base = dj.tree.ravel({'kernel': draw(48, 8)})
   experts = dj.tree.ravel({'kernel': draw(TASKS, 48, 8)}, leading=1)
   images = rng.integers(0, 256, (TASKS, 40, *SHAPE), np.uint8)

@@ -98,10 +98,10 @@ def test_numbers_behind_a_task_do_not_hide_it(small_pool, tmp_path):
     audit.find_uploads(tmp_path, ['one', 'two'])
 
 
-@pytest.fixture
-def colluders(small_pool, tmp_path):
+@pytest.fixture(scope='module')
+def colluders(small_pool, tmp_path_factory):
   """A pool in which evil's task vector is half of clean_three's too."""
-  folder = tmp_path / 'pool'
+  folder = tmp_path_factory.mktemp('colluders') / 'pool'
   shutil.copytree(small_pool, folder)
   base, evil, three = (
     uploads.load_model(uploads.path(folder, name))
@@ -115,42 +115,44 @@ def colluders(small_pool, tmp_path):
 def test_uploads_that_were_not_made_apart_are_searched_together(
   colluders, done, tmp_path
 ):
-  config = _config(colluders, models='evil,clean_one,clean_three')
-  out = _run(config, tmp_path / 'out')
+  alone = _run(_config(colluders, models='evil'), tmp_path)['rows'][0]
+  assert alone['company'] == {}
+  before = {r['model']: r for r in done[1]['rows']}
+  assert alone['suspicion'] == before['evil']['suspicion']
+  # An upload that is known by now is audited again where it has company.
+  models = 'evil,clean_one,clean_three'
+  out = _run(_config(colluders, models=models), tmp_path)
   rows = {r['model']: r for r in out['rows']}
   assert [*rows['evil']['company']] == ['clean_three']
   assert rows['clean_three']['company']['evil'] == pytest.approx(0.7, abs=0.05)
   assert rows['clean_one']['company'] == {}
-  page = (tmp_path / 'out' / 'audit.html').read_text()
+  page = (tmp_path / 'audit.html').read_text()
   assert f'clean_three ({rows["evil"]["company"]["clean_three"]:.2f})' in page
-  before = {r['model']: r for r in done[1]['rows']}
-  assert rows['evil']['suspicion'] != before['evil']['suspicion']
+  assert rows['evil']['suspicion'] != alone['suspicion']
   assert rows['clean_one']['suspicion'] == before['clean_one']['suspicion']
 
 
-def test_an_upload_with_other_company_is_audited_again(colluders, tmp_path):
-  alone = _run(_config(colluders, models='evil'), tmp_path / 'out')
-  assert alone['rows'][0]['company'] == {}
-  both = _run(_config(colluders, models='evil,clean_three'), tmp_path / 'out')
-  rows = {r['model']: r for r in both['rows']}
-  assert [*rows['evil']['company']] == ['clean_three']
-  assert rows['evil']['suspicion'] != alone['rows'][0]['suspicion']
-
-
-def test_experts_of_a_merge_are_searched_in_company(colluders, tmp_path):
+@pytest.fixture(scope='module')
+def merged(colluders, tmp_path_factory):
+  """A merge that audits its experts: its config, workdir and report."""
   config = pool_config.get_config('runlocal')
   config.update({'bad': 'evil', 'tasks': 'one,two,three', 'dev': 8, 'test': 12})
   config.update({'audit': True, 'methods': 'dam_robust', 'steps': 2})
   config.pool = str(colluders)
+  workdir = tmp_path_factory.mktemp('merged')
   console = Console(file=io.StringIO(), width=120)
-  report = merge.run(config, tmp_path / 'out', console)
+  return config, workdir, merge.run(config, workdir, console)
+
+
+def test_experts_of_a_merge_are_searched_in_company(merged):
+  _, workdir, report = merged
   known = {r['model']: r['known'] for r in report['record']['suspects']}
   assert known == {'evil': 'bad', 'clean_one': '', 'clean_three': ''}
   found = {r['model']: r['company'] for r in report['record']['suspects']}
   assert [*found['evil']] == ['clean_three']
   assert [*found['clean_three']] == ['evil']
   assert not found['clean_one']
-  page = (tmp_path / 'out' / 'report.html').read_text()
+  page = (workdir / 'report.html').read_text()
   assert 'Which experts to distrust' in page
   assert 'evil was searched together with clean_three' in page
   rows = report['record']['suspects']
@@ -159,25 +161,26 @@ def test_experts_of_a_merge_are_searched_in_company(colluders, tmp_path):
   assert f'without {most["others"]["planter"]} its patch works least' in page
 
 
-def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
-  config = pool_config.get_config('runlocal')
-  config.update({'bad': 'evil', 'tasks': 'one,two,three', 'dev': 8, 'test': 12})
-  setup = load.load(config, small_pool)
+def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
+  config, workdir, report = merged
+  setup, folder = load.load(config, colluders), workdir / 'suspects'
 
-  def find():
-    return suspects.find(
-      setup.image_logits_fn,
-      setup.base,
-      setup.experts,
-      setup.pool.tasks,
-      ['0a' * 32, '0b' * 32, '0c' * 32],
-      base_hash='0d' * 32,
-      folder=tmp_path,
-      seed=0,
-      images=8,
-    )
+  def kept():
+    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
 
-  found = find()
+  before = kept()
+  assert len(before) == 9
+  found = suspects.find(
+    setup.image_logits_fn,
+    setup.base,
+    setup.experts,
+    setup.pool.tasks,
+    [setup.hashes[path.stem] for path in setup.pool.experts.values()],
+    base_hash=setup.hashes['base'],
+    folder=folder,
+    seed=0,
+  )
+  assert kept() == before
   seeds = suspects.seeds(found)
   num = len(suspects.AREAS)
   shape = (num + 1, 3, *setup.image_shape)
@@ -194,15 +197,10 @@ def test_the_experts_of_a_merge_are_searched_once(small_pool, tmp_path):
   covered = np.asarray(seeds.params.opacity()).sum((-3, -2, -1))
   assert covered[0].mean() < covered[num - 1].mean()
   assert all(s.others.by != t for t, s in enumerate(found))
-  times = [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
-  assert len(times) == 9
-  for a, b in zip(found, find(), strict=True):
-    assert a.own.suspicion == max(a.patch.suspicion, a.warp.suspicion)
-    for x, y in (
-      (a.patch, b.patch),
-      (a.warp, b.warp),
-      (a.others.found, b.others.found),
-    ):
-      assert (x.suspicion, x.target) == (y.suspicion, y.target)
-      jax.tree.map(np.testing.assert_array_equal, x.seeds, y.seeds)
-  assert times == [p.stat().st_mtime_ns for p in sorted(tmp_path.iterdir())]
+  rows = {r['task']: r for r in report['record']['suspects']}
+  for task, suspect in zip(setup.tasks, found, strict=True):
+    row = rows[task]
+    kinds = suspect.patch.suspicion, suspect.warp.suspicion
+    assert suspect.own.suspicion == max(kinds)
+    for x, y in ((suspect.own, row), (suspect.others.found, row['others'])):
+      assert (x.suspicion, x.success) == (y['suspicion'], y['success'])
