@@ -197,7 +197,7 @@ def learn(
   with contextlib.ExitStack() as stack:
     saves = checkpoint.Saves(folder / 'states' / name, keep=keep)
     stack.enter_context(saves)
-    watch = stack.enter_context(preemption.Watch())
+    watch = stack.enter_context(preemption.Watch(together=mesh is not None))
     curves = folder / 'curves' / f'{name}.csv'
     writer = stack.enter_context(MetricWriter(curves))
     one = mesh or dj.sharding.make_mesh(devices=jax.local_devices()[:1])
@@ -215,7 +215,7 @@ def learn(
       if not metrics['finite'].all():
         raise FloatingPointError(_blame(name, _joined(parts), tasks))
       done = start + chunk
-      asked = watch.asked(done)
+      asked = watch.asked()
       if asked or done // every > start // every:
         saves.save(done, state, _joined(parts))
       if asked:

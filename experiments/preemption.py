@@ -1,5 +1,6 @@
 """Stopping on request: what clusters ask by SIGTERM, and how a run answers."""
 
+import itertools
 import signal
 import threading
 from typing import Any
@@ -32,15 +33,24 @@ def exit_at_once() -> None:
   signal.signal(signal.SIGTERM, stop)
 
 
+_LOOKS = itertools.count(1)
+"""JAX has all processes stop at one more than the largest number that one of
+them gave it: these must grow by one a look, whatever is done between looks."""
+
+
 class Watch:
   """Notices SIGTERM, so that a loop can save before it stops.
 
   With several processes it is JAX's own watch: a notice to one of them has all
-  of them stop after the same step.
+  of them stop after as many looks.
+
+  Args:
+    together: whether all processes run the loop. Where one does while others
+      wait, it does not stop.
   """
 
-  def __init__(self):
-    self._asked = False
+  def __init__(self, *, together: bool = True):
+    self._asked, self._together = False, together
 
   def __enter__(self) -> 'Watch':
     self._alone = (
@@ -58,12 +68,10 @@ class Watch:
   def _note(self, *_: Any) -> None:
     self._asked = True
 
-  def asked(self, step: int) -> bool:
-    """Whether to stop after a step.
-
-    Args:
-      step: its number, the same on all processes.
-    """
+  def asked(self) -> bool:
+    """Whether to stop now; all processes ask equally often."""
     if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+      return self._together and multihost_utils.reached_preemption_sync_point(
+        next(_LOOKS)
+      )
     return self._asked
