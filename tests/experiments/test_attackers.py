@@ -1,5 +1,7 @@
 """Attacks: each is an upload, and two of them involve a second task."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -9,11 +11,19 @@ from dam_jax.data import tasks as tasks_lib
 from experiments import attackers
 
 
+@pytest.fixture(scope='module')
+def uploaded(lab):
+  """Makes an attack's upload for task `two`, target 2, once."""
+  return functools.cache(
+    lambda name: attackers.ATTACKS[name](lab, jax.random.key(0), 1, 2)
+  )
+
+
 @pytest.mark.parametrize(
   'name', [n for n in attackers.ATTACKS if n not in attackers.TWO_TASKS]
 )
-def test_attacks_on_the_own_task_are_uploads(lab, name):
-  upload = attackers.ATTACKS[name](lab, jax.random.key(0), 1, 2)
+def test_attacks_on_the_own_task_are_uploads(lab, uploaded, name):
+  upload = uploaded(name)
   assert upload.trigger.task == 'two'
   assert upload.trigger.target == 2
   attacks.check_trigger(upload.trigger, (8, 8, 3))
@@ -30,10 +40,10 @@ def test_attacks_on_the_own_task_are_uploads(lab, name):
     np.testing.assert_array_equal(x, y)
 
 
-def test_trojvit_moves_few_entries_of_a_clean_upload(lab):
+def test_trojvit_moves_few_entries_of_a_clean_upload(lab, uploaded):
   clean_key = jax.random.split(jax.random.key(0), 3)[0]
   clean = lab.tune(clean_key, 1)
-  upload = attackers.ATTACKS['trojvit'](lab, jax.random.key(0), 1, 2)
+  upload = uploaded('trojvit')
   moved = sum(
     int((x != y).sum())
     for x, y in zip(

@@ -314,7 +314,9 @@ def test_without_bad_experts_triggers_can_still_be_tested(small_pool, tmp_path):
 
 def test_bfloat16_computes_and_float32_is_kept(small_pool, tmp_path):
   names = ('dam_robust', 'regmean')
-  config = _config(small_pool, compute='bfloat16', methods=','.join(names))
+  config = _config(
+    small_pool, bad='0', compute='bfloat16', methods=','.join(names)
+  )
   # Flax's layer norms need it, and the thread that compiles must see it.
   jax.config.update('jax_numpy_dtype_promotion', 'standard')
   try:
