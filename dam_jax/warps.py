@@ -32,6 +32,9 @@ import optax
 
 from dam_jax.typing import TaskLogitsFn
 
+LOW = -1e4
+"""A logit, or lead, of what does not count; its gradients are finite."""
+
 
 def sample(images: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
   """Samples images elsewhere, bilinearly, the border continued outside.
@@ -189,10 +192,7 @@ class WarpInverter:
     limit = self.limit or 3 / 32 * self.image_shape[0]
     tx = optax.adam(limit / 10) if self.tx is None else self.tx
     begin, key = jax.random.split(key)
-    said = jax.lax.map(
-      lambda x: self._predict(models[0], task, x[None], num_classes)[0],
-      images,
-    ).argmax(-1)
+    said = self._predict(models[0], task, images, num_classes).argmax(-1)
 
     def bend(images, raw):
       return warp(images, limit * jnp.tanh(raw / limit))
@@ -215,7 +215,7 @@ class WarpInverter:
 
     def loss_fn(raw, images, said):
       (own, of_base, _), real = judge(raw, images, said)
-      return -jax.nn.logsumexp(jnp.where(real, own - of_base, -jnp.inf))
+      return -jax.nn.logsumexp(jnp.where(real, own - of_base, LOW))
 
     def step(carry, key):
       raw, states = carry
@@ -243,4 +243,4 @@ class WarpInverter:
     """Returns logits; those of classes that are not the task's are low."""
     logits = self.task_logits_fn(params, task, images)
     real = jnp.arange(logits.shape[-1]) < num_classes
-    return jnp.where(real[None], logits, -1e4)
+    return jnp.where(real[None], logits, LOW)

@@ -121,6 +121,16 @@ def test_a_class_that_all_images_show_says_nothing(model, images):
   np.testing.assert_array_equal(found.success[:, 2], 0)
 
 
+def test_a_model_with_one_class_is_not_suspicious(model, images):
+  logits_fn, base, tuned, _ = model
+  inverter = warps.WarpInverter(
+    task_logits_fn=logits_fn, image_shape=SHAPE, steps=2
+  )
+  found = inverter.search(jax.random.key(0), tuned, 0, images, 1, base=base)
+  assert found.target == found.suspicion == 0
+  assert np.isfinite(found.points).all()
+
+
 def test_numbers_that_make_no_sense_are_named():
   def make(**options):
     return warps.WarpInverter(
