@@ -32,6 +32,12 @@ import optax
 
 from dam_jax.typing import TaskLogitsFn
 
+OBEYED = 0.1
+"""Share of images that a warp must lead to a class to count.
+
+Where fewer go, losses of 5 and 12 nats have been found, which mean as little.
+"""
+
 LOW = -1e4
 """A logit, or lead, of what does not count; its gradients are finite."""
 
@@ -98,7 +104,8 @@ class Warps(NamedTuple):
   Attributes:
     points: `[S, G, G, 2]`, see `warp`.
     lead: `[S, L]` how much better the model obeys the warp than the base does,
-      as `dam_jax.audit.Inversions.lead` says it of patches.
+      as `dam_jax.audit.Inversions.lead` says it of patches; 0 where it hardly
+      does (`OBEYED`).
     success: `[S, L]` share of images that the model calls the class, of those
       that it does not without the warp.
   """
@@ -235,6 +242,7 @@ class WarpInverter:
       (own, of_base, hit), real = judge(raw, images, said)
       # Below a thousandth of a nat the difference is the optimiser's.
       floored = [jnp.maximum(-x, 1e-3) for x in (own, of_base)]
+      real &= hit > OBEYED
       return jnp.where(real, jnp.log(floored[1] / floored[0]), 0.0), hit
 
     return limit * jnp.tanh(raw / limit), *jax.lax.map(final, raw)

@@ -105,6 +105,13 @@ def test_what_is_measured_is_what_the_warp_does(model, images):
   np.testing.assert_allclose(found.lead[1, 3], lead, rtol=1e-4)
 
 
+def test_what_hardly_any_image_obeys_does_not_count(model, images):
+  found = _search(model, model[2], images, steps=5)
+  assert (found.success <= warps.OBEYED).any()
+  np.testing.assert_array_equal(found.lead[found.success <= warps.OBEYED], 0)
+  assert (found.lead[found.success > warps.OBEYED] != 0).all()
+
+
 def test_the_same_key_finds_the_same(model, images):
   once, again, other = (
     _search(model, model[3], images, key=key, steps=3) for key in (0, 0, 1)
