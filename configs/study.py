@@ -39,9 +39,10 @@ task_arithmetic:
   wanet_svhn_0          | 6.2 (16.8, 11.3, 21.5)
   wanet_gtsrb_0         | 5.4 (9.2, 0.0, 0.7)
 
-Not run again: badmerging_gtsrb_0, 3.1 (16.9, 94.1) of the clean merge and
-task_arithmetic; lobam_svhn_0, 3.9 (9.9, 58.5); merge_backdoor_svhn_1, 15.5 (7.6,
-75.9), with older audits.
+Not run again, with older audits, in brackets the clean merge and
+task_arithmetic: badmerging_gtsrb_0, 3.1 (16.9, 94.1), lobam_svhn_0, 3.9 (9.9,
+58.5) and merge_backdoor_svhn_1, 15.5 (7.6, 75.9).
+
 `dam_robust` is no better than its seeds: with an older audit that named another
 class badmerging_gtsrb_0 kept 87.2, and 46.9 where half of the seeds were of the
 right class and half of another.

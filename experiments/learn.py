@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
+import math
 import pathlib
 import time
 from typing import Any, NamedTuple
@@ -94,6 +95,7 @@ def compile_steps(
   mesh: jax.sharding.Mesh | None = None,
   compiler_options: Mapping[str, Any],
   max_chunk: int = 10,
+  saved: Sequence[int] = (),
 ) -> Program:
   """Compiles a merger's steps, without running any.
 
@@ -107,12 +109,15 @@ def compile_steps(
     compiler_options: of XLA, by name.
     max_chunk: steps under one dispatch, fewer where they do not divide all:
       few enough that progress shows.
+    saved: steps of saves that the run may go on from (`saved_steps`), which it
+      must divide too: they may be another chunk's.
 
   Returns:
     The program.
   """
   plan = merger.plan
-  chunk = max(n for n in range(1, max_chunk + 1) if plan.steps % n == 0)
+  common = math.gcd(plan.steps, *saved)
+  chunk = max(n for n in range(1, max_chunk + 1) if common % n == 0)
   state = jax.eval_shape(merger.init, jax.random.key(0), base, experts)
   if mesh is not None:
     state = jax.tree.map(
@@ -130,6 +135,12 @@ def compile_steps(
   lowered = steps.lower(state, base, experts, _read(plan, data), indices)
   run = compile_lowered(lowered, compiler_options)
   return Program(run, chunk, time.perf_counter() - begin)
+
+
+def saved_steps(folder: pathlib.Path, name: str) -> list[int]:
+  """Returns the steps of all saves of a method in a folder of `learn`."""
+  saves = folder / 'states' / name
+  return [int(p.name) for p in saves.glob('*') if p.name.isdigit()]
 
 
 def _read(plan: dj.Plan, data: pipeline.Unlabelled) -> pipeline.Unlabelled:

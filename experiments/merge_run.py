@@ -253,6 +253,7 @@ class Run:
           batch=self.options[name]['batch'],
           compiler_options=self.config.compiler_options,
           max_chunk=min(10, max(1, self.config.max_lost // 2)),
+          saved=learn.saved_steps(self.workdir, name),
         )
 
   def merge(self, name: str, advance: Advance) -> tuple[Any, dict[str, float]]:

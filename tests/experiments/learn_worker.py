@@ -22,12 +22,13 @@ NAME, SHAPE, TASKS, STEPS = 'concrete', (4, 4, 3), 3, 60
 MAX_LOST = 10
 
 
-def run(folder, then=lambda steps: None):
+def run(folder, then=lambda steps: None, max_lost=MAX_LOST):
   """Learns, or goes on; notes each start, and what was done at the end.
 
   Args:
     folder: to write to.
     then: called with the number of steps that are done, after each chunk.
+    max_lost: steps that a kill may lose.
   """
   folder = pathlib.Path(folder)
   jax.config.update('jax_platforms', 'cpu')
@@ -57,7 +58,8 @@ def run(folder, then=lambda steps: None):
     data,
     batch=4,
     compiler_options={},
-    max_chunk=MAX_LOST // 2,
+    max_chunk=max_lost // 2,
+    saved=learn.saved_steps(folder, NAME),
   )
   done = []
 
@@ -82,7 +84,7 @@ def run(folder, then=lambda steps: None):
     batch=4,
     seed=0,
     folder=folder,
-    max_lost=MAX_LOST,
+    max_lost=max_lost,
     advance=advance,
   )
   checkpoint.save_params(folder / 'merged.safetensors', learned.params)

@@ -95,7 +95,10 @@ def test_a_run_that_is_asked_to_stop_saves_and_exits_with_a_code(
   asked.set()
   process.join(timeout=60)
   assert process.exitcode == preemption.EXIT_CODE
-  process = context.Process(target=worker.run, args=(folder,))
+  # Chunks of 3 would not end with the steps from where it goes on.
+  process = context.Process(
+    target=worker.run, args=(folder,), kwargs={'max_lost': 6}
+  )
   process.start()
   process.join(timeout=120)
   assert process.exitcode == 0
