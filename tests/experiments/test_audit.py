@@ -190,10 +190,12 @@ def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
   others = [suspect.others.found.target for suspect in found]
   assert seeds.classes.tolist() == [own] * num + [others]
   for t, suspect in enumerate(found):
-    each = [suspect.patch] * num + [suspect.others.found] + [suspect.warp] * 4
-    assert seeds.shunned[:, t].tolist() == [
-      f.target if f.suspicion > suspects.NAMED else -1 for f in each
-    ]
+    patch, warp = (
+      f.target if f.suspicion > suspects.NAMED else -1
+      for f in (suspect.patch, suspect.warp)
+    )
+    want = [patch] * num + [-1] + [warp] * 4
+    assert seeds.shunned[:, t].tolist() == want
   covered = np.asarray(seeds.params.opacity()).sum((-3, -2, -1))
   assert covered[0].mean() < covered[num - 1].mean()
   assert all(s.others.by != t for t, s in enumerate(found))
