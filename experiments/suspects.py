@@ -288,16 +288,13 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
     )
     points.append(suspect.warp.seeds)
     classes.append([f.target for f in found for _ in f.seeds.mask_logits])
+    own, all_patches = len(suspect.patch.seeds.mask_logits), len(classes[-1])
     # What related tasks have in common stands out on others, and is no target.
-    named = [suspect.patch.named, *(-1 for _ in found[1:])]
     shunned.append(
-      [
-        c
-        for c, f in zip(named, found, strict=True)
-        for _ in f.seeds.mask_logits
-      ]
+      [suspect.patch.named] * own
+      + [-1] * (all_patches - own)
+      + [suspect.warp.named] * len(suspect.warp.seeds)
     )
-    shunned[-1] += [suspect.warp.named] * len(suspect.warp.seeds)
   return Seeds(
     jax.tree.map(lambda *x: jnp.stack(x, axis=1), *patches),
     jnp.array(classes, jnp.int32).T,
