@@ -279,7 +279,8 @@ def save_orbax(
 
   Leaves are given to Orbax as the memory maps that they are, and written in the
   layout of a folder a leaf, which Orbax need not hold in memory. What a model
-  computes when it is read is held until all is written.
+  computes when it is read is held until all is written. Several processes all
+  call this, and the first one writes.
 
   Args:
     path: of a folder.

@@ -367,10 +367,11 @@ def run(
       if not lone:
         writer.add_file('merge_record.json', record.to_json())
         writer.add_file('README.md', checkpoint.model_card(record))
-  if orbax and first:
+  if orbax:
     model = checkpoint.open_model(path)
     checkpoint.save_orbax(target, model, overwrite=overwrite)
-    path.unlink()
+    if first:
+      path.unlink()
   if lone and first:
     card = checkpoint.model_card(record)
     checkpoint.write(target.with_suffix('.md'), card)

@@ -6,8 +6,10 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from dam_jax import checkpoint
 from dam_jax import cli
 from dam_jax import distributed
 from tests.cli.test_commands import arguments
@@ -62,6 +64,20 @@ def test_two_hosts_write_what_one_does(files, out):
       for k in ('one', 'two')
     )
     assert one['files'] == two['files']
+
+
+def test_two_hosts_write_an_orbax_checkpoint(files):
+  argv = arguments(files, '--format=orbax')
+  codes, errors = run(*argv, f'--out={files / "two"}')
+  assert codes == [0, 0], errors
+  assert cli.main(['merge', *argv, f'--out={files / "one"}']) == 0
+  found, wanted = (
+    checkpoint.open_model(files / name) for name in ('two', 'one')
+  )
+  assert {*found.leaves} == {*wanted.leaves}
+  for path in wanted.leaves:
+    np.testing.assert_array_equal(found.read(path), wanted.read(path))
+  assert not [*files.glob('.two*')]
 
 
 def test_hosts_with_other_arguments_stop(files):
