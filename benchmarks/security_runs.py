@@ -113,7 +113,8 @@ def theirs(
     out, name_map=convert.clip_vision, like=setup.base
   )
   predict = evaluate.predictor(setup.image_logits_fn, batch=config.test_batch)
-  return measure.measure(predict, lambda t: params, setup.pool).hits, seconds
+  found = measure.predictions(predict, lambda t: params, setup.pool)
+  return measure.judge(found, setup.pool).hits, seconds
 
 
 def rows(

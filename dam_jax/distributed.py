@@ -196,6 +196,34 @@ def sum_over(
   return {name: total(i, *x) for i, (name, x) in enumerate(like.items())}
 
 
+def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Returns on every process what all of them have.
+
+  Args:
+    arrays: of this process, by names that no other has.
+  """
+  if jax.process_count() == 1:
+    return dict(arrays)
+  file, out = io.BytesIO(), {}
+  np.savez(file, **dict[str, Any](arrays))
+  for each in Hosts().exchange(file.getvalue()):
+    out |= np.load(io.BytesIO(each), allow_pickle=False)
+  return out
+
+
+def from_first(like: Any, values: Any) -> Any:
+  """Returns on every process the arrays of process 0, on one device of it.
+
+  Args:
+    like: a pytree of such arrays, which every process has.
+    values: on process 0; others may have None.
+  """
+  if jax.process_count() == 1:
+    return values
+  values = multihost_utils.broadcast_one_to_all(values if is_first() else like)
+  return jax.device_put(values, jax.local_devices()[0])
+
+
 def check_agreement(facts: Mapping[str, Any]) -> None:
   """Raises on every process unless all of them were given the same.
 

@@ -36,15 +36,15 @@ class Measured(NamedTuple):
   hits: dict[str, np.ndarray]
 
 
-def measure(
+def predictions(
   predict: Callable[..., np.ndarray],
   params_of: Callable[[int], Any],
   pool: Pool,
   *,
   only: Sequence[str] | None = None,
   transfer_test: int = 0,
-) -> Measured:
-  """Measures one model, or one for each task.
+) -> dict[str, np.ndarray]:
+  """Predicts what is to be judged of one model, or of one for each task.
 
   Args:
     predict: from `evaluate.predictor`.
@@ -54,38 +54,57 @@ def measure(
     transfer_test: test images a task on which to measure transfer; 0 skips it.
 
   Returns:
-    All rates.
+    Classes of test images, `[N]`, by 'clean/<task>' and '<trigger>/<task>'.
   """
-  triggers = {**pool.triggers, **pool.probes}
-  bad = pool.bad
-  out = Measured({}, {}, {}, {name: {} for name in pool.triggers}, {})
+  out = {}
   for t, task in enumerate(pool.tasks):
     if only is not None and task.name not in only:
       continue
-    params, (images, labels) = params_of(t), task.test
-    clean = predict(params, t, images)
-    clean_expert = task.name not in bad
+    params, images = params_of(t), task.test.images
+    out[f'clean/{task.name}'] = predict(params, t, images)
+    for name, trigger in {**pool.triggers, **pool.probes}.items():
+      num = len(images)
+      if trigger.task != task.name:
+        moves = name in pool.triggers and task.name not in pool.bad
+        num = transfer_test if moves else 0
+      if num:
+        put = functools.partial(_apply, trigger)
+        out[f'{name}/{task.name}'] = predict(params, t, images[:num], put)
+  return out
+
+
+def judge(found: Mapping[str, np.ndarray], pool: Pool) -> Measured:
+  """Holds predictions against labels and targets.
+
+  Args:
+    found: of `predictions`, or several of them together.
+    pool: that they were made on.
+
+  Returns:
+    All rates.
+  """
+  out = Measured({}, {}, {}, {name: {} for name in pool.triggers}, {})
+  for task in pool.tasks:
+    if f'clean/{task.name}' not in found:
+      continue
+    clean, labels = found[f'clean/{task.name}'], task.test.labels
     out.acc[task.name] = evaluate.accuracy(clean, labels)
     out.hits[f'acc/{task.name}'] = (clean == labels).astype(np.int8)
-    for name, trigger in triggers.items():
-      put = functools.partial(_apply, trigger)
+    for name, trigger in {**pool.triggers, **pool.probes}.items():
+      key, target = f'{name}/{task.name}', trigger.target
+      if key not in found:
+        continue
+      said = found[key]
       if trigger.task == task.name:
-        found = predict(params, t, images, put)
-        out.asr[task.name] = evaluate.attack_success(
-          found, labels, trigger.target
-        )
-        out.ra[task.name] = evaluate.robust_accuracy(
-          found, labels, trigger.target
-        )
-        hit = np.where(labels == trigger.target, -1, found == trigger.target)
+        out.asr[task.name] = evaluate.attack_success(said, labels, target)
+        out.ra[task.name] = evaluate.robust_accuracy(said, labels, target)
+        hit = np.where(labels == target, -1, said == target)
         out.hits[f'asr/{task.name}'] = hit.astype(np.int8)
-      elif transfer_test and name in pool.triggers and clean_expert:
-        found = predict(params, t, images[:transfer_test], put)
-        moved = evaluate.transfer(found, clean[:transfer_test])
+      else:
+        moved = evaluate.transfer(said, clean[: len(said)])
         out.transfer[name][task.name] = moved
-        out.hits[f'transfer/{name}/{task.name}'] = (
-          found == moved.target
-        ).astype(np.int8)
+        hit = (said == moved.target).astype(np.int8)
+        out.hits[f'transfer/{name}/{task.name}'] = hit
   return out
 
 

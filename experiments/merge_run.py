@@ -102,24 +102,17 @@ class Run:
     setup = self.setup
     paths = [setup.pool.experts[task.name] for task in setup.pool.tasks]
 
-    def find():
-      return suspects.find(
-        setup.image_logits_fn,
-        setup.base,
-        setup.experts,
-        setup.pool.tasks,
-        [setup.hashes[path.stem] for path in paths],
-        base_hash=setup.hashes[setup.pool.base.stem],
-        folder=folder,
-        seed=self.config.seed,
-        advance=advance,
-      )
-
-    if distributed.is_first():
-      self.suspects = find()
-    distributed.wait('triggers on experts')
-    if not distributed.is_first():
-      self.suspects = find()
+    self.suspects = suspects.find(
+      setup.image_logits_fn,
+      setup.base,
+      setup.experts,
+      setup.pool.tasks,
+      [setup.hashes[path.stem] for path in paths],
+      base_hash=setup.hashes[setup.pool.base.stem],
+      folder=folder,
+      seed=self.config.seed,
+      advance=advance,
+    )
     for name, chosen in self.options.items():
       if name.startswith('dam_robust'):
         self.mergers[name] = self._build(name, chosen)
@@ -397,15 +390,19 @@ class Run:
       return jax.tree.map(lambda x: x[t], params)
 
     alone = name in ('base', 'single')
-    measured = measure.measure(
+    hosts = distributed.Hosts()
+    found = measure.predictions(
       self.predict,
       own if name == 'single' else lambda t: params,
       setup.pool,
+      only=setup.tasks[hosts.index :: hosts.count],
       transfer_test=0 if alone else self.config.transfer_test,
     )
-    file, hits = io.BytesIO(), dict[str, Any](measured.hits)
-    np.savez_compressed(file, **hits)
-    checkpoint.write(self._result(name).with_suffix('.npz'), file.getvalue())
+    measured = measure.judge(distributed.gather(found), setup.pool)
+    if distributed.is_first():
+      file, hits = io.BytesIO(), dict[str, Any](measured.hits)
+      np.savez_compressed(file, **hits)
+      checkpoint.write(self._result(name).with_suffix('.npz'), file.getvalue())
     return {
       'rows': measure.rows(name, measured, setup.attacked),
       'transfer': measure.transfers(measured),
@@ -426,8 +423,7 @@ class Run:
     """
     path = self._result(name)
     if not self.is_done(name):
-      if distributed.is_first() or self.mesh_of(name) is not None:
-        self._work(name, advance)
+      self._work(name, advance)
       distributed.wait(name)
     return json.loads(path.read_text())
 
@@ -440,19 +436,23 @@ class Run:
     return distributed.agreed(self._result(name).exists())
 
   def _work(self, name: str, advance: Advance) -> None:
-    if name in self.mergers:
+    seconds = dict.fromkeys(('steps', 'compile', 'step', 'total'), 0.0)
+    if name not in self.mergers:
+      params = self.controls()[name]()
+    elif self.mesh_of(name) is not None:
       params, seconds = self.merge(name, advance)
     else:
-      params = self.controls()[name]()
-      seconds = dict.fromkeys(('steps', 'compile', 'step', 'total'), 0.0)
-    if not distributed.is_first():
-      return
+      params = None
+      if distributed.is_first():
+        params, seconds = self.merge(name, advance)
+      params = distributed.from_first(self.setup.base, params)
     begin = time.perf_counter()
     found = self.measure(name, params)
     seconds['test'] = time.perf_counter() - begin
-    checkpoint.write(
-      self._result(name), json.dumps({**found, 'seconds': seconds}, indent=2)
-    )
+    if distributed.is_first():
+      checkpoint.write(
+        self._result(name), json.dumps({**found, 'seconds': seconds}, indent=2)
+      )
 
 
 def _summary(found: suspects.Finding, task: Task) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dam_jax import audit
 from dam_jax import checkpoint
+from dam_jax import distributed
 from dam_jax import warps
 from dam_jax.data.tasks import Task
 from dam_jax.perturbations import Seeds
@@ -111,6 +112,8 @@ def find(
 ) -> list[Suspect]:
   """Searches patches and warps for each task, patches also on all others.
 
+  Each process searches for some tasks, and reads what others found for theirs.
+
   Args:
     task_logits_fn: `(params, task, images in [0, 1]) -> logits`.
     base: that they were fine-tuned from.
@@ -118,7 +121,8 @@ def find(
     tasks: of the experts, whose dev images are used.
     hashes: SHA-256 of each expert's file.
     base_hash: and of the base's.
-    folder: where what was found is kept, and read again; runs may share it.
+    folder: where what was found is kept, and read again; runs may share it,
+      and processes do.
     seed: of the search.
     images: dev images a task.
     advance: told of each task that is done.
@@ -129,11 +133,12 @@ def find(
   search = _Search(
     task_logits_fn, base, base_hash, tasks, folder, seed=seed, images=images
   )
-  out, company = [], audit.company(audit.gram(base, experts))
-  for t in range(len(tasks)):
+  company = audit.company(audit.gram(base, experts))
+
+  def suspect(t):
     params = audit.in_company(base, experts, t, company[t])
     own = [hashes[i] for i in (t, *company[t])]
-    suspect = Suspect(
+    out = Suspect(
       search.patches(t, params, own, AREAS),
       search.warps(t, params, own),
       company[t],
@@ -148,10 +153,14 @@ def find(
         params = audit.together(base, experts, [i for i in others if i != j])
         works[j] = search.success(t, params, found)
       planted = Planted(found, by=min(works, key=lambda j: works[j]))
-      suspect = suspect._replace(others=planted)
-    out.append(suspect)
+      out = out._replace(others=planted)
     advance(1)
-  return out
+    return out
+
+  hosts = distributed.Hosts()
+  mine = {t: suspect(t) for t in range(hosts.index, len(tasks), hosts.count)}
+  distributed.wait('triggers on experts')
+  return [mine.get(t) or suspect(t) for t in range(len(tasks))]
 
 
 class _Search:

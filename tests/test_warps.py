@@ -144,7 +144,7 @@ def test_numbers_that_make_no_sense_are_named():
       task_logits_fn=lambda *a: None, image_shape=SHAPE, **options
     )
 
-  with pytest.raises(ValueError, match="positive: {'starts': 0, 'steps': 60"):
+  with pytest.raises(ValueError, match="positive: {'starts': 0, 'steps': 40"):
     make(starts=0)
   with pytest.raises(ValueError, match='control must be at least 2, got 1'):
     make(control=1)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from configs import audit as audit_config
 from configs import pool as pool_config
+from dam_jax import distributed
 from dam_jax.data import tasks as tasks_lib
 from experiments import audit
 from experiments import load
@@ -161,16 +162,8 @@ def test_experts_of_a_merge_are_searched_in_company(merged):
   assert f'without {most["others"]["planter"]} its patch works least' in page
 
 
-def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
-  config, workdir, report = merged
-  setup, folder = load.load(config, colluders), workdir / 'suspects'
-
-  def kept():
-    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
-
-  before = kept()
-  assert len(before) == 9
-  found = suspects.find(
+def search(setup, folder):
+  return suspects.find(
     setup.image_logits_fn,
     setup.base,
     setup.experts,
@@ -180,12 +173,51 @@ def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
     folder=folder,
     seed=0,
   )
+
+
+def test_each_process_searches_for_some_tasks(
+  merged, colluders, monkeypatch, tmp_path
+):
+  config, workdir, _ = merged
+  setup = load.load(config, colluders)
+  folder = tmp_path / 'suspects'
+  shutil.copytree(workdir / 'suspects', folder)
+  warps = {p for p in folder.iterdir() if 'points' in np.load(p)}
+  assert len(warps) == 3
+  for path in warps:
+    path.unlink()
+  own = []
+
+  class Second(distributed.Hosts):
+    index, count = 1, 2
+
+  monkeypatch.setattr(distributed, 'Hosts', Second)
+  monkeypatch.setattr(
+    distributed,
+    'wait',
+    lambda name: own.extend(p for p in warps if p.exists()),
+  )
+  search(setup, folder)
+  assert [path.name.split('-')[0] for path in own] == [setup.tasks[1]]
+  assert all(path.exists() for path in warps)
+
+
+def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
+  config, workdir, report = merged
+  setup, folder = load.load(config, colluders), workdir / 'suspects'
+
+  def kept():
+    return {p.name: p.stat().st_mtime_ns for p in folder.iterdir()}
+
+  before = kept()
+  assert len(before) == 9
+  found = search(setup, folder)
   assert kept() == before
   seeds = suspects.seeds(found)
   num = len(suspects.AREAS)
   shape = (num + 1, 3, *setup.image_shape)
   assert seeds.params.pattern_logits.shape == shape
-  assert seeds.points.shape == (4, 3, 4, 4, 2)
+  assert seeds.points.shape == (4, 3, 6, 6, 2)
   own = [suspect.patch.target for suspect in found]
   others = [suspect.others.found.target for suspect in found]
   assert seeds.classes.tolist() == [own] * num + [others]
