@@ -92,7 +92,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.first_round = 5
   c.keep = 2 if local else 4
   c.last_round = 5 if local else 20
-  c.warp_steps = 5 if local else 60
+  c.warp_steps = 5 if local else 40
   c.scale = 0.3
   c.seed = 0
   return c
