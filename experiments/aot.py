@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import os
 import re
+import sys
 import time
 from typing import Any
 
@@ -264,7 +265,7 @@ def measure(
     in seconds and 'roofline' in seconds by what bounds it.
 
   Raises:
-    ValueError: where something is unknown, or does not fit.
+    ValueError: where something is unknown, or XLA sees that it will not fit.
   """
   kind = topology.split(':')[0]
   lines = [f'no chip {kind!r}: {", ".join(CHIPS)}'] * (kind not in CHIPS)
@@ -290,7 +291,12 @@ def measure(
       replicated=replicated,
     )
   begin = time.perf_counter()
-  compiled = lowered.compile()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    raise ValueError(f'too much for {topology}: {e}') from e
   seconds = time.perf_counter() - begin
   memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
   sent = collectives(compiled.as_text())
@@ -354,7 +360,10 @@ def main(argv: list[str]) -> None:
   jax.config.update('jax_platforms', 'cpu')
   given = flags.FLAGS.flag_values_dict()
   names = inspect.signature(measure).parameters
-  found = measure(**{name: given[name] for name in names})
+  try:
+    found = measure(**{name: given[name] for name in names})
+  except ValueError as e:
+    sys.exit(f'error: {e}')
   Console().print(table(found))
 
 

@@ -100,3 +100,10 @@ def test_a_merge_without_data_sends_nothing(tpu, monkeypatch):
   found = aot.measure('v5e:2x2', '7B', method='task_arithmetic', tasks=3)
   assert found['collectives'] == {}
   assert found['fits']
+
+
+def test_what_does_not_fit_is_said(tpu, monkeypatch):
+  leaf = jax.ShapeDtypeStruct((2**18, 2**17), jnp.bfloat16)
+  monkeypatch.setattr(aot, '_llama', lambda: {'w': leaf})
+  with pytest.raises(ValueError, match='too much for v5e:2x2'):
+    aot.measure('v5e:2x2', '7B', method='task_arithmetic', tasks=3)
