@@ -286,7 +286,10 @@ def _on_grey(patch: SoftPatch) -> jax.Array:
 
 
 def seeds(suspects: Sequence[Suspect]) -> Seeds:
-  """Returns the triggers of all tasks, leaves `[S, T, ...]`."""
+  """Returns the triggers of all tasks, leaves `[S, T, ...]`.
+
+  Warps that are not named bend nothing: images dealt to them stay as they are.
+  """
   patches, points, classes, shunned = [], [], [], []
   for suspect in suspects:
     found = [suspect.patch]
@@ -295,7 +298,7 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
     patches.append(
       jax.tree.map(lambda *x: jnp.concatenate(x), *[f.seeds for f in found])
     )
-    points.append(suspect.warp.seeds)
+    points.append(suspect.warp.seeds * (suspect.warp.named >= 0))
     classes.append([f.target for f in found for _ in f.seeds.mask_logits])
     own, all_patches = len(suspect.patch.seeds.mask_logits), len(classes[-1])
     # What related tasks have in common stands out on others, and is no target.

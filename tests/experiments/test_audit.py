@@ -228,6 +228,13 @@ def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
     )
     want = [patch] * num + [-1] + [warp] * 4
     assert seeds.shunned[:, t].tolist() == want
+  named, unnamed = (found[0].warp._replace(suspicion=x) for x in (0.7, 0.5))
+  seeds_of_two = suspects.seeds(
+    [found[0]._replace(warp=warp) for warp in (named, unnamed)]
+  )
+  np.testing.assert_array_equal(seeds_of_two.points[:, 0], named.seeds)
+  assert not seeds_of_two.points[:, 1].any()
+  assert seeds_of_two.shunned[-4:].tolist() == [[named.target, -1]] * 4
   covered = np.asarray(seeds.params.opacity()).sum((-3, -2, -1))
   assert covered[0].mean() < covered[num - 1].mean()
   assert all(s.others.by != t for t, s in enumerate(found))
