@@ -312,7 +312,7 @@ class Auditor:
       'area': None,
     }
     put = functools.partial(warps.warp, points=jnp.asarray(points))
-    picture = pictures.bent_lines(points, self.inverter.image_shape)
+    picture = np.asarray(put(pictures.lines(self.inverter.image_shape)))
     return _Found(found.suspicion, row, put, picture)
 
 

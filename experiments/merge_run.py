@@ -19,7 +19,6 @@ from ml_collections import config_dict
 import numpy as np
 
 import dam_jax as dj
-from dam_jax import attacks
 from dam_jax import checkpoint
 from dam_jax import distributed
 from dam_jax import evaluate
@@ -353,9 +352,8 @@ class Run:
     if not isinstance(patch, dj.perturbations.SoftPatch):
       return
     opacity, pattern = np.asarray(patch.opacity()), np.asarray(patch.pattern())
-    grey = jnp.full(setup.image_shape, 0.5)
     true = {
-      trigger.task: np.asarray(attacks.apply_trigger(trigger, grey))
+      trigger.task: pictures.shown(trigger, setup.image_shape)
       for trigger in setup.pool.triggers.values()
     }
     restarts = self.options[name]['restarts']

@@ -9,6 +9,7 @@ import io
 import textwrap
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import matplotlib
 from matplotlib import patheffects
@@ -16,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 import numpy as np
 
-from dam_jax import warps
+from dam_jax import attacks
 
 INK, MUTED, RULE = '#1d2733', '#67727e', '#d9dee3'
 FAMILIES = {
@@ -436,22 +437,21 @@ def inversions(
     return png(figure)
 
 
-def bent_lines(
-  points: np.ndarray, image_shape: tuple[int, int, int]
-) -> np.ndarray:
-  """Draws what a warp does to a grid of lines.
-
-  Args:
-    points: `[G, G, 2]`, see `dam_jax.warps.warp`.
-    image_shape: `(H, W, C)`.
-
-  Returns:
-    `[H, W, C]` in [0, 1].
-  """
+def lines(image_shape: tuple[int, int, int]) -> jax.Array:
+  """Draws a grid `[H, W, C]` in [0, 1], on which warps can be seen."""
   height, width, _ = image_shape
-  lines = np.full(image_shape, 0.9, np.float32)
-  lines[height // 16 :: height // 8] = lines[:, width // 16 :: width // 8] = 0.2
-  return np.asarray(warps.warp(jnp.asarray(lines), jnp.asarray(points)))
+  out = np.full(image_shape, 0.9, np.float32)
+  out[height // 16 :: height // 8] = out[:, width // 16 :: width // 8] = 0.2
+  return jnp.asarray(out)
+
+
+def shown(
+  trigger: attacks.Trigger, image_shape: tuple[int, int, int]
+) -> np.ndarray:
+  """Draws a trigger `[H, W, C]` in [0, 1] on grey, or a warp on lines."""
+  grey = jnp.full(image_shape, 0.5)
+  on = lines(image_shape) if trigger.kind == 'warp' else grey
+  return np.asarray(attacks.apply_trigger(trigger, on))
 
 
 def _wrapped(text: str) -> str:

@@ -245,7 +245,9 @@ class _Search:
         'suspicion': found.suspicion,
         'target': found.target,
         'success': found.success[best, found.target],
-        'picture': pictures.bent_lines(found.points[best], self.image_shape),
+        'picture': warps.warp(
+          pictures.lines(self.image_shape), jnp.asarray(found.points[best])
+        ),
         'points': found.points,
       }
 

@@ -5,10 +5,13 @@ import io
 import json
 import re
 
+import jax.numpy as jnp
+import numpy as np
 from PIL import Image
 import pytest
 from rich.console import Console
 
+from dam_jax import attacks
 from experiments import pictures
 from experiments import report as report_lib
 
@@ -184,3 +187,17 @@ def test_note_says_where_dev_images_stand_in():
   assert 'take the place' not in report_lib.note(report)
   report['record']['config']['report_on'] = 'dev'
   assert 'dev images take the place of test' in report_lib.note(report)
+
+
+def test_a_warp_is_shown_on_lines_and_a_patch_on_grey():
+  x = jnp.linspace(-1, 1, 16)
+  grid = jnp.stack(jnp.meshgrid(-x, x), -1)  # a mirror
+  mirror = attacks.Warp(grid=grid, task='a', target=0)
+  lines = np.asarray(pictures.lines((16, 16, 3)))
+  found = pictures.shown(mirror, (16, 16, 3))
+  np.testing.assert_allclose(found, lines[:, ::-1], atol=1e-5)
+  assert not np.allclose(found, lines, atol=0.1)
+  patch = attacks.patch_trigger((16, 16, 3), size=3, task='a', target=0)
+  found = pictures.shown(patch, (16, 16, 3))
+  assert (found[:13] == 0.5).all()
+  assert (found[13:, 13:] != 0.5).all()
