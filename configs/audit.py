@@ -36,7 +36,7 @@ eight of eight keys and not seven, here no more, for a quarter more time.
 Warps need no search class by class: each of four climbs to whatever class it
 leads to, in two seconds for all. With four keys each, WaNet's two got 0.8 to
 1.7 and the right class with each, five clean uploads 0.0 to 0.4, and patches'
-0.0 to 0.3. On the towers of configs/pool.py, where it takes 15 seconds an
+0.0 to 0.3. On the towers of configs/pool.py, where it takes 25 seconds an
 upload, clean ones get 0.0 to 0.4 too. A warp counts where it leads a tenth of
 the images to its class: there one that led two in 100 got 0.8. And it bends by
 no more than 2 pixels of 32, at 6 x 6 points: at 3 pixels and 4 x 4 points, with
