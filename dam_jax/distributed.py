@@ -212,7 +212,7 @@ def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_first(like: Any, values: Any) -> Any:
-  """Returns on every process the arrays of process 0, on one device of it.
+  """Returns on every process the arrays of process 0, on a device of its own.
 
   Args:
     like: a pytree of such arrays, which every process has.

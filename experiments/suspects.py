@@ -32,7 +32,8 @@ OTHERS_AREAS = (20.0,)
 NAMED = 0.6
 """Suspicion above which a class is held to be a target.
 
-Clean uploads got up to 0.5 (configs/audit.py).
+Most clean uploads get up to 0.5 (configs/audit.py), a few up to 1.0
+(configs/study.py).
 """
 
 
@@ -251,7 +252,9 @@ class _Search:
         'points': found.points,
       }
 
-    held = self._kept(t, hashes, 'warps', find)
+    search = self.warp_inverter
+    what = f'warps {search.control} {search.starts} {search.steps}'
+    held = self._kept(t, hashes, what, find)
     return Finding(seeds=held.pop('points'), **held)
 
   def _kept(
