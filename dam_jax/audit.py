@@ -292,6 +292,7 @@ class Inverter:
     *,
     base: Any = None,
     areas: tuple[float, ...] | None = None,
+    scouts: int | None = None,
   ) -> Inversions:
     """Searches a trigger for every class.
 
@@ -303,6 +304,7 @@ class Inverter:
       num_classes: `L`.
       base: that the model was fine-tuned from, if it is known.
       areas: instead of the inverter's own.
+      scouts: likewise.
 
     Returns:
       Those of the two best classes.
@@ -311,6 +313,7 @@ class Inverter:
       ValueError: where an area makes no sense.
     """
     areas = self.areas if areas is None else areas
+    scouts = self.scouts if scouts is None else scouts
     self._check_areas(areas)
     keys = jax.random.split(key, 3)
     eased = params if base is None else weakened(base, params, self.ease)
@@ -322,7 +325,7 @@ class Inverter:
       keys[0],
       np.arange(num_classes),
       np.zeros(num_classes),
-      areas=(area,) * self.scouts,
+      areas=(area,) * scouts,
       tx=self.scout_tx,
       num=self.first,
       judged=images[:8],
@@ -360,7 +363,7 @@ class Inverter:
     shape, models = (len(own), len(areas)), (params, base)
     begin, key = jax.random.split(key)
     if carry is None:
-      carry = self._init(begin, shape, tx)
+      carry = jax.device_get(self._init(begin, shape, tx))
     carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
     goal = np.repeat(own, shape[1]), np.tile(np.float32(areas), shape[0])
     clean = self._classify(params, task, judged)
@@ -379,6 +382,7 @@ class Inverter:
     order = np.argsort(-score, kind='stable')
     return _rows((own, score, carry, rates), order)
 
+  @functools.partial(jax.jit, static_argnums=(0, 2, 3))
   def _init(self, key, shape, tx):
     place, colour = jax.random.split(key)
     lead = (*shape, *self.image_shape[:2])

@@ -351,7 +351,7 @@ def dam_robust(
   seeds: perturbations.Seeds | None = None,
   safety_weight: float = 0.3,
   shun_weight: float = 10.0,
-  steps: int = 300,
+  steps: int = 275,
   preprocess_fn: PreprocessFn = identity,
 ) -> Merger:
   """Defense-Aware Merging that asks the experts what is right.
@@ -378,7 +378,8 @@ def dam_robust(
       on each expert alone. They stay, and copies of patches follow the merge.
     safety_weight: of the loss on images with patches and warps.
     shun_weight: in that loss, of keeping images from classes that seeds shun.
-    steps: of the masks.
+    steps: of the masks, after those in which patches move alone: by default 300
+      in all.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
 
   Returns:

@@ -135,8 +135,8 @@ def parse(names: str, num_experts: int) -> list[str]:
 _CODE = ('then', 'others', 'task_logits_fn', 'trigger', 'shared')
 """Arguments that a config cannot set."""
 
-_GLOBAL = ('steps', 'coefficient_steps', 'batch')
-"""Options that a config sets for all methods at once."""
+_GLOBAL = ('steps', 'warmup_ascents', 'coefficient_steps', 'batch')
+"""Options that a config's own `steps` and `batch` say for all methods."""
 
 
 def options(name: str) -> dict[str, Any]:
@@ -264,8 +264,9 @@ def resolve(
     given: what the config sets, by method and option; None leaves the default.
     steps: all steps that a learned method may take, 0 for its own default.
       Masks and coefficients share them as they do by default; ascents before
-      the first step (`warmup_ascents`) come on top. An informed method takes
-      its own default in each pass, or as many as these where they are fewer.
+      the first step of masks (`warmup_ascents`) take a quarter of them at most.
+      An informed method takes its own default in each pass, or as many as these
+      where they are fewer.
       So do the loops of a repair; rounds over all images are made fewer.
     batch: images a task and draw.
     images: of each task, that a repair may read.
@@ -299,7 +300,7 @@ def resolve(
     if name in REPAIRS and steps:
       chosen |= repairs.within(chosen, steps, images)
     if name in LEARNED and steps:
-      chosen |= _split(name, steps)
+      chosen |= _split(name, steps, chosen | given.get(name, {}))
     if name in INFORMED and steps:
       chosen['steps'] = min(chosen['steps'], steps)
     for key, value in given.get(name, {}).items():
@@ -335,8 +336,15 @@ def _unknown(
   return lines
 
 
-def _split(name: str, steps: int) -> dict[str, int]:
-  if 'coefficient_steps' not in options(name):
+def _split(name: str, steps: int, chosen: Mapping[str, Any]) -> dict[str, int]:
+  if 'warmup_ascents' in chosen:
+    alone = -(-chosen['warmup_ascents'] // chosen['ascents'])
+    alone = min(alone, steps // 4)
+    return {
+      'steps': steps - alone,
+      'warmup_ascents': alone * chosen['ascents'],
+    }
+  if 'coefficient_steps' not in chosen:
     return {'steps': steps}
   if name.endswith('task_arithmetic'):
     return {'steps': steps, 'coefficient_steps': 0}

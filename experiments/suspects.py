@@ -28,6 +28,8 @@ AREAS = (14.0, 14.0, 28.0, 28.0)
 OTHERS_AREAS = (20.0,)
 """Of those on experts of other tasks."""
 
+OTHERS_SCOUTS = 1
+"""And how many scouts a class has there: two find no more."""
 
 NAMED = 0.6
 """Suspicion above which a class is held to be a target.
@@ -147,7 +149,11 @@ def find(
     if others := [i for i in range(len(tasks)) if i != t]:
       params = audit.together(base, experts, others)
       found = search.patches(
-        t, params, [hashes[i] for i in others], OTHERS_AREAS
+        t,
+        params,
+        [hashes[i] for i in others],
+        OTHERS_AREAS,
+        scouts=OTHERS_SCOUTS,
       )
       works = {}
       for j in others:
@@ -194,6 +200,7 @@ class _Search:
     params: Any,
     hashes: Sequence[str],
     areas: tuple[float, ...],
+    scouts: int = 2,
   ) -> Finding[SoftPatch]:
     """Searches, unless it was done before.
 
@@ -202,6 +209,7 @@ class _Search:
       params: of the model.
       hashes: of the experts that it is made of.
       areas: of the triggers, in pixels of 32 x 32.
+      scouts: for each class.
     """
 
     def find(key):
@@ -213,6 +221,7 @@ class _Search:
         len(self.tasks[t].label_names),
         base=self.base,
         areas=tuple(self.pixel * area for area in areas),
+        scouts=scouts,
       )
       best, seeds = found.best(), jax.tree.map(lambda x: x[0], found.patches)
       return {
@@ -223,7 +232,7 @@ class _Search:
         **seeds._asdict(),
       }
 
-    held = self._kept(t, hashes, str(areas), find)
+    held = self._kept(t, hashes, f'{areas} {scouts}', find)
     seeds = SoftPatch(**{name: held.pop(name) for name in SoftPatch._fields})
     return Finding(seeds=seeds, **held)
 

@@ -180,7 +180,7 @@ def test_published_plans():
 
 def test_dam_is_its_modes():
   plan = dj.dam(logits_fn, image_shape=SHAPE).plan
-  assert plan == dj.Plan(steps=25 + 300, phases=6, references=True)
+  assert plan == dj.Plan(steps=25 + 275, phases=6, references=True)
   assert plan == dj.dam(logits_fn, mode='robust', image_shape=SHAPE).plan
   released = dj.dam(logits_fn, mode='released', image_shape=SHAPE, steps=7)
   assert released.plan == dj.Plan(steps=1007, phases=3)

@@ -285,6 +285,13 @@ def test_steps_bound_a_pass_and_do_not_lengthen_it():
   assert methods.parse('informed', 3) == list(methods.INFORMED)
 
 
+def test_steps_include_those_in_which_patches_move_alone():
+  for steps, want in ((0, (275, 100)), (300, (275, 100)), (8, (6, 8))):
+    chosen = methods.resolve(['dam_robust'], {}, steps=steps, batch=8)
+    got = chosen['dam_robust']
+    assert (got['steps'], got['warmup_ascents']) == want
+
+
 def test_true_labels_are_refused_where_there_are_none(small_pool, tmp_path):
   config = _config(small_pool, methods='fisher')
   config.options.fisher.labels = 'true'
@@ -483,8 +490,7 @@ def test_every_method_can_be_built_from_its_options(name):
     levels=['low/.*', 'high/.*'],
   )
   if name in methods.LEARNED:
-    warmup = 25 if name.startswith('dam_robust') else 0
-    assert merger.plan.steps == 6 + warmup
+    assert merger.plan.steps == 6
   if name in methods.INFORMED:
     passes = 2 if name == 'regmean_plus_plus' else 1
     assert merger.plan.steps == 6 * passes
