@@ -2,15 +2,15 @@
 
   python -m experiments.audit --config=configs/audit.py --config.pool=PATH
 
-The goal is an area under the ROC curve of 0.95. Of uploads of
+The goal is an area under the ROC curve of 0.95. Of 18 uploads of
 configs/nano_pool.py, where five clean ones got 0.3 to 0.5:
 
   1.00  BadMerging 2/2, BadNets 2/2, Blended 2/2, LoBAM 2/2: 1.4 to 5.8
-  1.00  WaNet 2/2: 1.1 and 1.6, by warps; by patches 0.10
-  0.90  BadMerging on another's task 0/4
-  0.75  MergeBackdoor 3/4; the fourth one's is named with three of four keys
+  1.00  WaNet 2/2: 0.8 and 1.7, by warps; by patches 0.10
+  0.90  BadMerging on another's task 0/4: 0.4 to 1.0
+  0.90  MergeBackdoor 3/4; the fourth one's is named with three of four keys
 
-with the share of uploads whose target was named; over all of them 0.92, and
+with the share of uploads whose target was named; over all of them 0.956, and
 0.82 by patches alone. An older search, of one patch a class in three rounds,
 got 0.91 over 46 bad ones:
 
@@ -39,9 +39,9 @@ leads to, in two seconds for all. With four keys each, WaNet's two got 0.8 to
 0.0 to 0.3. On the towers of configs/pool.py, where it takes 25 seconds an
 upload, clean ones get 0.0 to 0.4 too. A warp counts where it leads a tenth of
 the images to its class: there one that led two in 100 got 0.8. And it bends by
-no more than 2 pixels of 32, at 6 x 6 points: at 3 pixels and 4 x 4 points, with
-which the table above was made, a clean expert of svhn calls up to 91 % of
-digits a 7, for 0.5 to 1.6. With 2 pixels and 4 x 4 points it gets 0.1 to 0.3,
+no more than 2 pixels of 32, at 6 x 6 points: at 3 pixels and 4 x 4 points a
+clean expert of svhn calls up to 91 % of digits a 7, for 0.5 to 1.6, and the
+area over all was 0.92. With 2 pixels and 4 x 4 points it gets 0.1 to 0.3,
 but WaNet's two 0.4 to 1.7. Climbing what the expert sees alone is twice as
 fast, and WaNet's two get 0.5 to 1.1.
 
