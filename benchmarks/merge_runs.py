@@ -1,26 +1,22 @@
-"""What `benchmarks.merges` runs: models, workers and commands.
+"""The models and commands of `benchmarks.bench_merge`."""
 
-Imports neither JAX nor torch: Linux counts the memory of a process that starts
-another one to the peak of that other one.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import json
 import os
 from pathlib import Path
 import subprocess
-import tempfile
-import time
 from typing import Any
 
 import numpy as np
 
-from benchmarks.merge_worker import expert_paths
+from benchmarks.runs import HOST
+from benchmarks.runs import ROOT
 
-ROOT = Path(__file__).parents[1]
-HOST = {'JAX_PLATFORMS': 'cpu'}
-Run = Callable[[], dict[str, float]]
+
+def expert_paths(folder: Path, num: int) -> list[Path]:
+  """Returns the files of the first experts."""
+  return [folder / f'expert_{k}.safetensors' for k in range(num)]
 
 
 def tower_shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
@@ -74,90 +70,6 @@ def make_models(
       base.tofile(files[0])
       for rng, file in zip(rngs[1:], files[1:], strict=True):
         (base + 1e-3 * rng.standard_normal(shape, np.float32)).tofile(file)
-
-
-class Worker:
-  """A process of `benchmarks.merge_worker`; its models are there once made."""
-
-  def __init__(
-    self, python: str, *args: Any, env: Mapping[str, str] | None = None
-  ):
-    self._errors = tempfile.TemporaryFile('w+')  # noqa: SIM115
-    self._process = subprocess.Popen(
-      [python, '-m', 'benchmarks.merge_worker', *map(str, args)],
-      env={**os.environ, 'PYTHONPATH': str(ROOT), **(env or {})},
-      stdin=subprocess.PIPE,
-      stdout=subprocess.PIPE,
-      stderr=self._errors,
-      text=True,
-    )
-    self.about = self._answer()
-
-  def _answer(self) -> Any:
-    line = self._process.stdout.readline()
-    if not line:
-      self._process.communicate()
-      self._errors.seek(0)
-      raise RuntimeError(f'a worker failed:\n{self._errors.read()[-4000:]}')
-    return json.loads(line)
-
-  def ask(self, *request: Any) -> Any:
-    """Sends a request and waits for its answer."""
-    self._process.stdin.write(json.dumps(request) + '\n')
-    self._process.stdin.flush()
-    return self._answer()
-
-  def __enter__(self) -> 'Worker':
-    return self
-
-  def __exit__(self, *error: Any) -> None:
-    self._process.communicate()
-    self._errors.close()
-
-
-def alternate(
-  runs: Sequence[Run], repeats: int, seconds: float
-) -> list[list[dict[str, float]]]:
-  """Calls functions in turn, once at least.
-
-  Args:
-    runs: each returns what it measured.
-    repeats: how often to call each.
-    seconds: after which no other round begins.
-
-  Returns:
-    For each function what its calls returned.
-  """
-  found: list[list[dict[str, float]]] = [[] for _ in runs]
-  begin = time.perf_counter()
-  for i in range(repeats):
-    if i and time.perf_counter() - begin > seconds:
-      break
-    for run, into in zip(runs, found, strict=True):
-      into.append(run())
-  return found
-
-
-def run_command(argv: Sequence[str], log: Path) -> dict[str, float]:
-  """Runs a command; returns its wall and CPU seconds and peak of memory."""
-  with log.open('w') as file:
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-      argv,
-      env={**os.environ, 'PYTHONPATH': str(ROOT), **HOST},
-      stdout=file,
-      stderr=subprocess.STDOUT,
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - begin
-  process.returncode = os.waitstatus_to_exitcode(status)
-  if process.returncode:
-    raise RuntimeError(f'{argv} failed:\n{log.read_text()[-4000:]}')
-  return {
-    'seconds': seconds,
-    'cpu': usage.ru_utime + usage.ru_stime,
-    'peak': 1024 * usage.ru_maxrss,
-  }
 
 
 def ours_argv(

@@ -1,4 +1,4 @@
-"""FusionBench's merges of files held in memory, for `benchmarks.merge_worker`.
+"""FusionBench's merges of files held in memory, for `benchmarks.worker`.
 
 Its algorithms get modules that are there already, and merge into the first one
 where they can; that is put back before each merge and not timed.
@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import torch
 from torch import nn
 
-from benchmarks.merge_worker import Merge
-from benchmarks.merge_worker import expert_paths
+from benchmarks.merge_runs import expert_paths
+from benchmarks.worker import Job
 
 State = dict[str, torch.Tensor]
 
@@ -65,7 +65,7 @@ METHODS = {
 }
 
 
-def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
+def load(*, folder: str, method: str, form: str, num: int, threads: int) -> Job:
   """Reads a base and its experts into modules."""
   del form
   torch.set_num_threads(threads)
@@ -74,15 +74,15 @@ def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
     # Copied: a tensor of a file is a map of it.
     return {name: x.clone() for name, x in load_file(path).items()}
 
-  start = load_file(folder / 'base.safetensors')
-  base = _module(read(folder / 'base.safetensors'))
-  experts = [_module(read(path)) for path in expert_paths(folder, num)]
+  path = Path(folder) / 'base.safetensors'
+  start, base = load_file(path), _module(read(path))
+  experts = [_module(read(path)) for path in expert_paths(Path(folder), num)]
 
   def prepare():
     base.load_state_dict(start)
     return base
 
-  return Merge(
+  return Job(
     prepare=prepare,
     run=lambda base: METHODS[method](base, experts),
     about={
@@ -92,5 +92,5 @@ def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
         for name in ('fusion-bench', 'torch')
       },
     },
-    save=save_file,
+    requests={'save': save_file},
   )

@@ -1,4 +1,4 @@
-"""Our merges of files held in memory, for `benchmarks.merge_worker`."""
+"""Our merges of files held in memory, for `benchmarks.worker`."""
 
 from collections.abc import Iterator
 import functools
@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.merge_worker import Merge
-from benchmarks.merge_worker import expert_paths
+from benchmarks.merge_runs import expert_paths
+from benchmarks.worker import Job
 import dam_jax as dj
 from dam_jax import checkpoint
 
@@ -53,7 +53,7 @@ def _draws(folder: Path, num: int) -> Iterator[tuple[Any, Any]]:
     yield jax.block_until_ready(draw(jax.random.key(seed)))
 
 
-def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
+def load(*, folder: str, method: str, form: str, num: int, threads: int) -> Job:
   """Reads a base and its experts; the threads are those of the process.
 
   Args:
@@ -71,9 +71,9 @@ def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
   tx = METHODS[method]()
   donated = form in ('donated', 'device', 'leaves_donated')
   if form == 'device':
-    prepare = functools.partial(next, _draws(folder, num))
+    prepare = functools.partial(next, _draws(Path(folder), num))
   else:
-    base, experts = _read(folder, form, num)
+    base, experts = _read(Path(folder), form, num)
 
     def prepare():
       return (_arrays(base) if donated else base), experts
@@ -85,7 +85,7 @@ def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
       lambda base, experts: dj.merge(tx, base, experts).params,
       donate_argnums=(0,) if donated else (),
     )
-  return Merge(
+  return Job(
     prepare=prepare,
     run=lambda given: jax.block_until_ready(merge(*given)),
     about={
@@ -94,11 +94,12 @@ def load(folder: Path, method: str, form: str, num: int, threads: int) -> Merge:
       'threads': threads,
       'versions': checkpoint.versions(),
     },
-    difference=_difference,
+    requests={'difference': _difference},
   )
 
 
-def _difference(params: Any, path: Path) -> float:
+def _difference(params: Any, path: str) -> float:
+  """Returns the largest `|ours - peer| / max|peer|` of a leaf of a file."""
   model = checkpoint.open_model(path)
   errors = [0.0]
   for name, ours in dj.tree.flatten(params).items():

@@ -1,4 +1,4 @@
-"""What `benchmarks.security` runs: two merges of one pool, and their rows."""
+"""What `benchmarks.bench_security` runs: two merges of a pool, their rows."""
 
 from collections.abc import Mapping, Sequence
 import json

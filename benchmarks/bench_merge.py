@@ -1,6 +1,6 @@
 """Time and memory of merges without data, beside FusionBench and mergekit.
 
-  python -m benchmarks.merges --fusion_bench_python=$(which python) \
+  python -m benchmarks.bench_merge --fusion_bench_python=$(which python) \
     --mergekit_python=$(which python)
 
 On random models with the names and shapes of CLIP's ViT-B/32 (88 million
@@ -19,11 +19,9 @@ from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 from pathlib import Path
-import platform
 import shutil
 import statistics
 import sys
@@ -37,6 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import merge_runs
+from benchmarks import records
+from benchmarks import runs
 
 _FUSION_BENCH = flags.DEFINE_string(
   'fusion_bench_python', '', 'a Python that has fusion-bench; none: leave out'
@@ -53,7 +53,8 @@ _SECONDS = flags.DEFINE_float('seconds', 60, 'after which a pair stops')
 _LAYERS = flags.DEFINE_integer('layers', 12, 'of the tower')
 _WIDTH = flags.DEFINE_integer('width', 768, 'of the tower')
 _FOLDER = flags.DEFINE_string('folder', '', 'keep the models here')
-_JSON = flags.DEFINE_string('json', '', 'file to append one line to')
+_QUICK = flags.DEFINE_bool('quick', False, 'a tower of two layers, few runs')
+_OUT = flags.DEFINE_string('out', '', 'file to append a line a row to')
 
 FORMS = ('stacked', 'donated', 'leaves', 'leaves_donated')
 """`dj.merge` jitted, the same with the base donated, `dj.streaming.merge`."""
@@ -94,15 +95,25 @@ class _Bench:
     most = max(map(int, _EXPERTS.value))
     merge_runs.make_models(folder, shapes, most)
 
+  def copier(self) -> runs.Worker:
+    options = {'size': self.size, 'threads': self.threads}
+    return runs.Worker(sys.executable, 'worker', options, runs.HOST)
+
   def worker(
     self, program: str, method: str, form: str, num: int
-  ) -> merge_runs.Worker:
+  ) -> runs.Worker:
     peer = program == 'merges_fusion_bench'
-    worker = merge_runs.Worker(
+    worker = runs.Worker(
       _FUSION_BENCH.value if peer else sys.executable,
       program,
-      *(self.folder, method, form, num, self.threads),
-      env={} if form == 'device' else merge_runs.HOST,
+      {
+        'folder': str(self.folder),
+        'method': method,
+        'form': form,
+        'num': num,
+        'threads': self.threads,
+      },
+      {} if form == 'device' else runs.HOST,
     )
     self.about[program] = worker.about
     return worker
@@ -127,7 +138,7 @@ def measure_memory(bench: _Bench) -> Iterator[dict[str, Any]]:
     fits = models * 4 * bench.size < _available()
     with contextlib.ExitStack() as stack:
       enter = stack.enter_context
-      copy = enter(bench.worker('merge_worker', 'copy', '', bench.size))
+      copy = enter(bench.copier())
       peer = None
       if _FUSION_BENCH.value and fits:
         peer = enter(bench.worker('merges_fusion_bench', method, '', num))
@@ -141,8 +152,8 @@ def measure_memory(bench: _Bench) -> Iterator[dict[str, Any]]:
           if peer is not None:
             error = ours.ask('difference', str(saved))
           workers = [copy, ours] + ([peer] if peer else [])
-          runs = [functools.partial(w.ask, 'run') for w in workers]
-          times = merge_runs.alternate(runs, _REPEATS.value, _SECONDS.value)
+          turns = [functools.partial(w.ask, 'run') for w in workers]
+          times = runs.alternate(turns, _REPEATS.value, _SECONDS.value)
         yield bench.row(
           'memory',
           method,
@@ -164,7 +175,7 @@ def measure_disk(bench: _Bench) -> Iterator[dict[str, Any]]:
 
   def run(argv, out):
     shutil.rmtree(out, ignore_errors=True)
-    return merge_runs.run_command(argv, log)
+    return runs.run_command(argv, log)
 
   cases = itertools.product(map(int, _EXPERTS.value), _METHODS.value)
   for num, method in cases:
@@ -177,9 +188,9 @@ def measure_disk(bench: _Bench) -> Iterator[dict[str, Any]]:
       argv = merge_runs.ours_argv(
         sys.executable, folder, num, (*ours_method, *options), ours_out
       )
-      runs = [functools.partial(run, argv, ours_out)]
+      turns = [functools.partial(run, argv, ours_out)]
       error = None
-      runs[0]()  # files are read into the page cache
+      turns[0]()  # files are read into the page cache
       if _MERGEKIT.value:
         peer_argv = merge_runs.mergekit_argv(
           _MERGEKIT.value,
@@ -190,13 +201,13 @@ def measure_disk(bench: _Bench) -> Iterator[dict[str, Any]]:
           peer_out,
           bench.threads,
         )
-        runs.append(functools.partial(run, peer_argv, peer_out))
-        runs[1]()
+        turns.append(functools.partial(run, peer_argv, peer_out))
+        turns[1]()
         if scope != 'model':
           error = merge_runs.difference(
             sys.executable, folder / 'base.safetensors', ours_out, peer_out
           )
-      times = merge_runs.alternate(runs, _REPEATS.value, _SECONDS.value)
+      times = runs.alternate(turns, _REPEATS.value, _SECONDS.value)
       yield bench.row(
         'disk',
         method,
@@ -289,6 +300,8 @@ def _table(part: str, rows: Sequence[dict[str, Any]], model: int) -> Table:
 def main(argv):
   """Measures and prints."""
   del argv
+  if _QUICK.value:
+    runs.set_defaults(layers=2, experts=['2', '4'], repeats=3, seconds=5.0)
   unknown = sorted({*_PARTS.value} - {*PARTS}) + sorted(
     {*_METHODS.value} - {*COMMANDS}
   )
@@ -310,17 +323,15 @@ def main(argv):
       if found:
         console.print(_table(part, found, 4 * bench.size))
   console.print(f'{threads} threads; load before: {load[0]:.1f}')
-  if _JSON.value:
-    record = {
-      'rows': rows,
-      'parameters': bench.size,
-      'threads': threads,
-      'load': load,
-      'machine': platform.processor() or platform.machine(),
-      'programs': bench.about,
-    }
-    with open(_JSON.value, 'a', encoding='utf-8') as file:
-      file.write(json.dumps(record) + '\n')
+  records.append(
+    _OUT.value,
+    'merge',
+    rows,
+    parameters=bench.size,
+    threads=threads,
+    load=load,
+    programs=bench.about,
+  )
   wrong = [
     row for row in rows if row.get('difference', 0) > TOLERANCE[row['part']]
   ]

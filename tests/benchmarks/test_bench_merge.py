@@ -1,6 +1,6 @@
-"""The timing of merges: its models, workers and commands."""
+"""The timing of merges: its models, forms and command."""
 
-import json
+import functools
 import math
 import subprocess
 import sys
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks import merge_runs
-from benchmarks import merge_worker
 from benchmarks import merges_ours
+from benchmarks import records
+from benchmarks import runs
+from benchmarks import worker
 from dam_jax import checkpoint
 
 SHAPES = merge_runs.tower_shapes(24, 1)
@@ -21,6 +23,12 @@ SHAPES = merge_runs.tower_shapes(24, 1)
 def folder(tmp_path):
   merge_runs.make_models(tmp_path, SHAPES, 2)
   return tmp_path
+
+
+def load(folder, method, form, num):
+  return merges_ours.load(
+    folder=str(folder), method=method, form=form, num=num, threads=1
+  )
 
 
 def read(path):
@@ -46,8 +54,8 @@ def test_models_have_the_towers_size_and_are_the_same_again(folder, tmp_path):
   'form', ['stacked', 'donated', 'leaves', 'leaves_donated']
 )
 def test_every_form_merges_again_and_again(folder, form):
-  merge = merges_ours.load(folder, 'average', form, 2, 1)
-  paths = merge_worker.expert_paths(folder, 2)
+  merge = load(folder, 'average', form, 2)
+  paths = merge_runs.expert_paths(folder, 2)
   mean = {
     n: (x + y) / 2
     for (n, x), y in zip(
@@ -55,67 +63,35 @@ def test_every_form_merges_again_and_again(folder, form):
     )
   }
   checkpoint.save_params(folder / 'mean.safetensors', mean)
-  for measure in (merge_worker.measure_first, merge_worker.measure):
+  for measure in (worker.measure_first, worker.measure):
     figures, params = measure(merge, merge.prepare())
     assert {'seconds', 'cpu'} <= set(figures)
-    assert merge.difference(params, folder / 'mean.safetensors') < 2e-6
-  off = merge.difference(params, folder / 'base.safetensors')
-  assert off > 1e-3
+    difference = functools.partial(merge.requests['difference'], params)
+    assert difference(str(folder / 'mean.safetensors')) < 2e-6
+  assert difference(str(folder / 'base.safetensors')) > 1e-3
 
 
 def test_models_of_a_device_are_made_anew(folder):
-  merge = merges_ours.load(folder, 'task_arithmetic', 'device', 3, 1)
+  merge = load(folder, 'task_arithmetic', 'device', 3)
   (first, experts), (second, _) = merge.prepare(), merge.prepare()
   assert {x.shape[0] for x in jax.tree.leaves(experts)} == {3}
   same = jax.tree.map(lambda a, b: bool((a == b).all()), first, second)
   assert not any(jax.tree.leaves(same))
 
 
-def test_a_worker_answers_and_says_what_failed(tmp_path):
-  with merge_runs.Worker(
-    sys.executable, 'merge_worker', tmp_path, 'copy', '', 1000, 1
-  ) as worker:
-    assert worker.about == {'threads': 1}
-    assert worker.ask('run')['seconds'] > 0
-    with pytest.raises(RuntimeError, match='has no attribute'):
-      worker.ask('nonsense')
-
-
-def test_runs_take_turns_until_time_is_up():
-  calls = []
-  runs = [lambda i=i: calls.append(i) or {'seconds': i} for i in range(2)]
-  found = merge_runs.alternate(runs, 3, 60)
-  assert calls == [0, 1] * 3
-  assert found == [[{'seconds': i}] * 3 for i in range(2)]
-  assert [len(x) for x in merge_runs.alternate(runs, 3, 0)] == [1, 1]
-
-
-def test_a_command_is_measured_or_its_error_shown(tmp_path):
-  log = tmp_path / 'log'
-  found = merge_runs.run_command(
-    [sys.executable, '-c', 'sum(range(10 ** 6))'], log
-  )
-  assert set(found) == {'seconds', 'cpu', 'peak'}
-  assert min(found.values()) > 0
-  wrong = [sys.executable, '-c', 'raise ValueError("so it is")']
-  with pytest.raises(RuntimeError, match='Error: so it is'):
-    merge_runs.run_command(wrong, log)
-
-
 def test_files_are_merged_and_figures_written(tmp_path):
   out = tmp_path / 'found.jsonl'
   subprocess.run(
     [
-      *(sys.executable, '-m', 'benchmarks.merges', '--parts=disk'),
+      *(sys.executable, '-m', 'benchmarks.bench_merge', '--parts=disk'),
       *('--methods=average', '--experts=2', '--repeats=1'),
-      *('--width=24', '--layers=1', f'--json={out}'),
+      *('--width=24', '--layers=1', f'--out={out}'),
     ],
-    cwd=merge_runs.ROOT,
+    cwd=runs.ROOT,
     check=True,
   )
-  found = json.loads(out.read_text())
-  assert found['parameters'] == sum(map(math.prod, SHAPES.values()))
-  [row] = found['rows']
+  [row] = records.read(str(out), 'merge')
+  assert row['parameters'] == sum(map(math.prod, SHAPES.values()))
   assert (row['part'], row['method'], row['experts']) == ('disk', 'average', 2)
-  assert row['bytes'] == 4 * 4 * found['parameters']
+  assert row['bytes'] == 4 * 4 * row['parameters']
   assert len(row['ours']) == 1

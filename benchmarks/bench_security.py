@@ -1,6 +1,6 @@
 """Whether `dam_released` defends as the PyTorch code that it stands for.
 
-  python -m benchmarks.security --pool=PATH --fusion_bench_python=PYTHON \
+  python -m benchmarks.bench_security --pool=PATH --fusion_bench_python=PYTHON \
     --folder=PATH
 
 Merges a pool's experts with both, on the same dev images and for the same

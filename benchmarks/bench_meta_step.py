@@ -1,6 +1,6 @@
 """Seconds a step of each learned merge, beside a plain pass of the tower.
 
-  python -m benchmarks.step --methods=dam_robust,dam_released
+  python -m benchmarks.bench_meta_step --methods=dam_robust,dam_released
 
 On random weights of the pool's tower (192 wide, 8 layers, 65 tokens), six
 experts, 16 images a task. `passes` is how many times one forward and backward
