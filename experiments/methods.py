@@ -300,7 +300,7 @@ def resolve(
     if name in REPAIRS and steps:
       chosen |= repairs.within(chosen, steps, images)
     if name in LEARNED and steps:
-      chosen |= _split(name, steps, chosen | given.get(name, {}))
+      chosen |= _split(name, steps, {**chosen, **given.get(name, {})})
     if name in INFORMED and steps:
       chosen['steps'] = min(chosen['steps'], steps)
     for key, value in given.get(name, {}).items():
