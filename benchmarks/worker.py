@@ -3,8 +3,9 @@
   python -m benchmarks.worker PROGRAM OPTIONS
 
 `PROGRAM` is a module of this folder. Its `load` takes the options, which are
-JSON, and returns a `Job`. Requests and answers are lines of JSON; what a
-program prints goes to the standard error.
+JSON, and returns a `Job`; so does the request 'load', in the place of the job
+that is there. Requests and answers are lines of JSON; what a program prints
+goes to the standard error.
 """
 
 from collections.abc import Callable, Mapping
@@ -102,7 +103,11 @@ def main(argv: list[str]) -> None:
   answers.flush()
   for line in sys.stdin:
     request, *args = json.loads(line)
-    if request in ('first', 'run'):
+    if request == 'load':
+      job = result = None  # before the next one is there
+      job = module.load(**args[0])
+      answer = job.about
+    elif request in ('first', 'run'):
       result = None  # before the next one is there
       run = {'first': measure_first, 'run': measure}[request]
       answer, result = run(job, job.prepare())
