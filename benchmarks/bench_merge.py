@@ -286,13 +286,9 @@ def measure_disk(bench: _Bench) -> Iterator[dict[str, Any]]:
           sys.executable, folder / 'base.safetensors', ours_out, peer_out
         )
     times = runs.alternate(turns, _REPEATS.value, _SECONDS.value)
-    peers = {
-      'mergekit': {
-        'runs': found,
-        **({} if error is None else {'difference': error}),
-      }
-      for found in times[2:]
-    }
+    peers = {'mergekit': {'runs': times[2]}} if times[2:] else {}
+    if peers and error is not None:
+      peers['mergekit']['difference'] = error
     yield said(copy=times[0], ours=times[1], peers=peers)
 
 

@@ -1,6 +1,6 @@
 """The models and commands of `benchmarks.bench_merge`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import contextlib
 import json
 import os

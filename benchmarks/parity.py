@@ -18,7 +18,6 @@ import itertools
 import json
 import os
 from pathlib import Path
-import platform
 import shutil
 import subprocess
 import sys
@@ -36,7 +35,10 @@ from rich.table import Column
 from rich.table import Table
 
 from benchmarks import parity_cases
+from benchmarks import records
+from benchmarks import runs
 from benchmarks.parity_cases import Case
+from benchmarks.runs import ROOT
 import dam_jax as dj
 from dam_jax import checkpoint
 
@@ -49,9 +51,9 @@ _MERGEKIT = flags.DEFINE_string(
 _METHODS = flags.DEFINE_string('methods', 'all', 'names with commas')
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'random models of each kind')
 _FOLDER = flags.DEFINE_string('folder', '', 'keep the files here')
-_JSON = flags.DEFINE_string('json', '', 'file to append one line to')
+_QUICK = flags.DEFINE_bool('quick', False, 'one random model of each kind')
+_OUT = flags.DEFINE_string('out', '', 'file to append a line a row to')
 
-ROOT = Path(__file__).parents[1]
 SHAPES = {
   'embed/weight': (13, 6),
   'layers/0/wide/weight': (5, 12),
@@ -370,28 +372,25 @@ def _print(rows: Sequence[Row]) -> None:
   Console().print(table, f'{counts}; errors are relative')
 
 
-def _record(rows: Sequence[Row], versions: Any) -> dict[str, Any]:
+def _record(row: Row) -> dict[str, Any]:
+  case, said, worst = row
   return {
-    'cases': [
-      {
-        'method': case.method,
-        'problems': case.problems,
-        'ours': describe(case.ours) if case.ours else None,
-        'peer': f'{case.peer.name} {describe(case.peer)}',
-        'verdict': said,
-        'gap': case.gap,
-        **(worst._asdict() if worst else {}),
-      }
-      for case, said, worst in rows
-    ],
-    'machine': platform.processor() or platform.machine(),
-    'versions': {'dam_jax': checkpoint.versions(), **versions},
+    'method': case.method,
+    'problems': case.problems,
+    'ours': describe(case.ours) if case.ours else None,
+    'program': case.peer.name,
+    'peer': describe(case.peer),
+    'verdict': said,
+    'gap': case.gap,
+    **(worst._asdict() if worst else {}),
   }
 
 
 def main(argv):
   """Compares and prints."""
   del argv
+  if _QUICK.value:
+    runs.set_defaults(seeds=1)
   pythons = {
     name: python
     for name, python in (
@@ -407,9 +406,13 @@ def main(argv):
     folder = _FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory())
     rows, versions = compare(cases, pythons, Path(folder), _SEEDS.value)
   _print(rows)
-  if _JSON.value:
-    with open(_JSON.value, 'a', encoding='utf-8') as file:
-      file.write(json.dumps(_record(rows, versions)) + '\n')
+  records.append(
+    _OUT.value,
+    'parity',
+    [_record(row) for row in rows],
+    seeds=_SEEDS.value,
+    versions={'dam_jax': checkpoint.versions(), **versions},
+  )
   if any(row.verdict in FAILURES for row in rows):
     sys.exit(1)
 

@@ -58,14 +58,17 @@ def measure(job: Job, given: Any) -> tuple[dict[str, float], Any]:
 
 
 def measure_first(job: Job, given: Any) -> tuple[dict[str, float], Any]:
-  """The same of a process's first run, and bytes held beyond its inputs."""
+  """The same of a process's first run, with bytes of memory.
+
+  `held` are those before it, its inputs among them, `peak` those beyond.
+  """
   # What was freed must not look held, nor the peak of what was before.
   gc.collect()
   ctypes.CDLL(None).malloc_trim(0)
   Path('/proc/self/clear_refs').write_text('5')
   held = _memory('VmRSS')
   found, result = measure(job, given)
-  return {**found, 'peak': _memory('VmHWM') - held}, result
+  return {**found, 'held': held, 'peak': _memory('VmHWM') - held}, result
 
 
 def load(*, size: int, threads: int) -> Job:

@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import parity
 from benchmarks import parity_cases
+from benchmarks import records
 from benchmarks.parity_cases import Case
 import dam_jax as dj
 from dam_jax import checkpoint
@@ -151,8 +152,8 @@ def test_command_fails_where_a_case_differs(
   monkeypatch.setattr(parity, 'run_peer', sums(scale))
   case = Case('task_arithmetic', PEER, SUM)
   monkeypatch.setattr(parity_cases, 'CASES', (case,))
-  json_file = tmp_path / 'json'
-  argv = '--mergekit_python=python', '--seeds=1', f'--json={json_file}'
+  out = tmp_path / 'out.jsonl'
+  argv = '--mergekit_python=python', '--quick', f'--out={out}'
   if scale == 0.3:
     command(*argv)
   else:
@@ -160,9 +161,10 @@ def test_command_fails_where_a_case_differs(
       command(*argv)
   said = 'same' if scale == 0.3 else 'DIFFERS'
   assert f'1 {said}' in capsys.readouterr().out
-  record = json.loads(json_file.read_text())
-  assert record['cases'][0]['verdict'] == said
-  assert record['versions']['mergekit'] == {'mergekit': 'python'}
+  [row] = records.read(str(out), 'parity')
+  assert row['verdict'] == said
+  assert (row['program'], row['seeds']) == ('mergekit', 1)
+  assert row['versions']['mergekit'] == {'mergekit': 'python'}
 
 
 def test_command_needs_a_peer(command):
