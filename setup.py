@@ -45,7 +45,6 @@ AOT = ['jax[tpu]>=0.8.0']
 # Install a torch for your device first: pip's own for Linux brings CUDA.
 BENCH = [
   'fusion-bench==0.2.33',
-  'jinja2>=3.1',
   'matplotlib>=3.9',
   'mergekit==0.1.5',
   'omegaconf>=2.3',

@@ -64,27 +64,12 @@ _OUT = flags.DEFINE_string('out', '', 'file to append a line a row to')
 
 FORMS = ('stacked', 'donated', 'leaves', 'leaves_donated')
 """`dj.merge` jitted, the same with the base donated, `dj.streaming.merge`."""
-ENTRYWISE = ('average', 'weighted_average', 'task_arithmetic')
-"""Methods that hold little beside the models."""
-RANKED = ('consensus', 'dare', 'ties')
-"""Methods of which FusionBench holds all models as vectors, many times."""
 
 
 def _available() -> int:
   """Returns bytes of memory that processes may still have."""
   found = Path('/proc/meminfo').read_text().split()
   return 1024 * int(found[found.index('MemAvailable:') + 1])
-
-
-def models_needed(program: str, method: str, form: str, num: int) -> int:
-  """Returns how many models a program may hold at a time, inputs included."""
-  if program == 'ours':
-    if form.startswith('leaves'):
-      return num + 6
-    return 2 * num + 6 if method in ENTRYWISE else 5 * num + 6
-  if program == 'fusion_bench' and method in RANKED:
-    return 10 * num
-  return num + 6 if method in ENTRYWISE else 3 * num + 6
 
 
 class _Bench:
@@ -197,7 +182,9 @@ class _Bench:
 def measure_memory(bench: _Bench) -> Iterator[dict[str, Any]]:
   """Yields a row for each merge, number of experts and form."""
   for num, case in bench.plan:
-    needed = functools.partial(models_needed, method=case['method'], num=num)
+    needed = functools.partial(
+      merge_runs.models_needed, method=case['method'], num=num
+    )
     forms = [form for form in _FORMS.value if form in case['forms']]
     peers = [name for name in bench.pythons if name in case['peers']]
     needs = {form: needed('ours', form=form) for form in forms}
@@ -370,17 +357,6 @@ def _table(part: str, rows: Sequence[Mapping[str, Any]], model: int) -> Table:
   return table
 
 
-def wrong(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-  """Says where results differ by more than float32 explains."""
-  return [
-    f'{row["part"]}: {row["says"]}, {row["experts"]} experts, {row["form"]}: '
-    f'differs from {name} by {found["difference"]:.1e}'
-    for row in rows
-    for name, found in row.get('peers', {}).items()
-    if found.get('difference', 0) > row['tolerance']
-  ]
-
-
 def _check_flags() -> None:
   for given, known in ((_PARTS.value, PARTS), (_FORMS.value, FORMS)):
     unknown = sorted({*given} - {*known})
@@ -420,7 +396,7 @@ def main(argv):
         console.print(_table(part, found, 4 * bench.size))
       rows += found
   console.print(f'{threads} threads; load before: {load[0]:.1f}')
-  if lines := wrong(rows):
+  if lines := merge_runs.wrong(rows):
     console.print('\n'.join(lines))
     sys.exit(1)
 

@@ -12,7 +12,8 @@ What devices compute together is compared with what one computes, before it is
 timed. Linux only.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import functools
 import os
 from pathlib import Path
 import statistics
@@ -24,11 +25,11 @@ from absl import flags
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from benchmarks import pictures
 from benchmarks import records
 from benchmarks import runs
+from benchmarks import scaling_fits
 
 _MERGES = flags.DEFINE_list('merges', 'task_arithmetic,ties', 'without data')
 _STEPS = flags.DEFINE_list('steps', 'dam_paper,dam_robust', 'that learn')
@@ -65,16 +66,20 @@ def sizes() -> dict[str, dict[str, int]]:
 
 
 def measure(
-  what: str, method: str, experts: int, devices: int, size: Mapping[str, int]
-) -> tuple[dict[str, Any], list[float]]:
-  """Returns the row of one process, and the norms of what came out first."""
+  what: str, method: str, experts: int, devices: int
+) -> tuple[dict[str, Any], np.ndarray]:
+  """Returns the row of one process, and norms of what came out first.
+
+  The norms are of leaves that are not zero everywhere.
+  """
+  size = sizes()[what]
   options = {
     **{'what': what, 'method': method, 'experts': experts},
     **{'devices': devices, 'size': size},
   }
   env = {'JAX_NUM_CPU_DEVICES': str(devices)}
   with runs.Worker(sys.executable, 'scaling_runs', options, env) as worker:
-    first, norms = worker.ask('first'), worker.ask('norms')
+    first, norms = worker.ask('first'), np.array(worker.ask('norms'))
 
     def run():
       return worker.ask('run')
@@ -94,11 +99,11 @@ def measure(
     **size,
     **about,
   }
-  return row, norms
+  return row, norms[norms > 0]
 
 
 def measure_all() -> Iterator[dict[str, Any]]:
-  """Yields a row for each process.
+  """Yields a row for each process, twice where it is on both axes.
 
   Raises:
     ValueError: where several devices compute something else than one.
@@ -107,65 +112,17 @@ def measure_all() -> Iterator[dict[str, Any]]:
   devices = [int(num) for num in _DEVICES.value]
   each = {'merge': _MERGES.value, 'step': _STEPS.value}
   for what, names in each.items():
-    size = sizes()[what]
     for method in filter(None, names):
+      found = functools.cache(functools.partial(measure, what, method))
       for num in experts:
-        yield {'axis': 'experts', **measure(what, method, num, 1, size)[0]}
-      want = None
+        yield {'axis': 'experts', **found(num, 1)[0]}
+      want = found(_FIXED.value, 1)[1]
       for num in devices:
-        row, norms = measure(what, method, _FIXED.value, num, size)
-        want = norms if want is None else want
-        row['difference'] = float(
-          np.max(np.abs(np.subtract(norms, want)) / (np.abs(want) + 1e-12))
-        )
-        if row['difference'] > TOLERANCE:
-          raise ValueError(
-            f'{method}: {num} devices differ from {devices[0]} by '
-            f'{row["difference"]:.1e}'
-          )
-        yield {'axis': 'devices', **row}
-
-
-def seconds(row: Mapping[str, Any]) -> float:
-  """Returns the median of a row's runs."""
-  return statistics.median(x['seconds'] for x in row['runs'])
-
-
-def fits(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-  """Fits a line over the number of experts to time and memory.
-
-  Args:
-    rows: of `measure_all`.
-
-  Returns:
-    Rows {what, method, of, fixed, marginal, r2}; `of` is 'seconds' or 'peak'.
-    None for a method of fewer than three numbers of experts, whose line would
-    tell nothing.
-  """
-  kinds: dict[str, Callable[[Mapping[str, Any]], float]] = {
-    'seconds': seconds,
-    'peak': lambda row: row['peak'],
-  }
-  groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-  for row in rows:
-    if row['axis'] == 'experts':
-      groups.setdefault((row['what'], row['method']), []).append(row)
-  found = []
-  for (what, method), group in groups.items():
-    experts = [row['experts'] for row in group]
-    if len(set(experts)) < 3:
-      continue
-    for of, value in kinds.items():
-      line = stats.linregress(experts, [value(row) for row in group])
-      found.append(
-        {
-          **{'axis': 'fit', 'what': what, 'method': method, 'of': of},
-          'fixed': float(line.intercept),
-          'marginal': float(line.slope),
-          'r2': float(line.rvalue**2),
-        }
-      )
-  return found
+        row, norms = found(_FIXED.value, num)
+        error = float(np.max(np.abs(np.subtract(norms, want)) / want))
+        if not error <= TOLERANCE:
+          raise ValueError(f'{method}: {num} devices differ by {error:.1e}')
+        yield {'axis': 'devices', **row, 'difference': error}
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -178,7 +135,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table.add_row(
       *(row['axis'], row['what'], row['method']),
       *(str(row['experts']), str(row['devices']), f'{row["compile"]:.1f}'),
-      f'{seconds(row):.3g} ({min(times):.3g}-{max(times):.3g})',
+      f'{pictures.median(row["runs"]):.3g} ({min(times):.3g}-{max(times):.3g})',
       f'{statistics.median(x["cpu"] for x in row["runs"]):.3g}',
       f'{row["peak"] / 1e6:.0f}',
       f'{row["first"]["peak"] / 1e6:.0f}',
@@ -207,13 +164,13 @@ def main(argv):
     runs.set_defaults(
       **{'layers': 1, 'width': 384, 'step_layers': 1, 'step_width': 64},
       **{'image': 16, 'batch': 4, 'experts': ['2', '3', '4']},
-      **{'fixed_experts': 2, 'repeats': 3, 'seconds': 5.0},
+      **{'fixed_experts': 2, 'repeats': 9, 'seconds': 5.0},
     )
   load, rows = os.getloadavg(), []
   for row in measure_all():
     rows.append(row)
     records.append(_OUT.value, 'scaling', [row], load=load)
-  found = fits(rows)
+  found = scaling_fits.fits(rows)
   records.append(_OUT.value, 'scaling', found, load=load)
   console = Console(width=None if sys.stdout.isatty() else 150)
   console.print(_table(rows), _fit_table(found))

@@ -1,6 +1,6 @@
 """The models and commands of `benchmarks.bench_merge`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import contextlib
 import json
 import os
@@ -15,6 +15,11 @@ from benchmarks.runs import HOST
 from benchmarks.runs import ROOT
 
 _BLOCK = 1 << 24
+
+ENTRYWISE = ('average', 'weighted_average', 'task_arithmetic')
+"""Methods that hold little beside the models."""
+RANKED = ('consensus', 'dare', 'ties')
+"""Methods of which FusionBench holds all models as vectors, many times."""
 
 
 def expert_paths(folder: Path, num: int) -> list[Path]:
@@ -179,3 +184,25 @@ def difference(python: str, base: Path, ours: Path, peer: Path) -> float:
   )
   found = json.loads(done.stdout)['whole']
   return found['norm_difference'] / found['norm_task_vector_b']
+
+
+def models_needed(program: str, method: str, form: str, num: int) -> int:
+  """Returns how many models a program may hold at a time, inputs included."""
+  if program == 'ours':
+    if form.startswith('leaves'):
+      return num + 6
+    return 2 * num + 6 if method in ENTRYWISE else 5 * num + 6
+  if program == 'fusion_bench' and method in RANKED:
+    return 10 * num
+  return num + 6 if method in ENTRYWISE else 3 * num + 6
+
+
+def wrong(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Says where results differ by more than float32 explains."""
+  return [
+    f'{row["part"]}: {row["says"]}, {row["experts"]} experts, {row["form"]}: '
+    f'differs from {name} by {found["difference"]:.1e}'
+    for row in rows
+    for name, found in row.get('peers', {}).items()
+    if not found.get('difference', 0) <= row['tolerance']
+  ]

@@ -56,7 +56,8 @@ def _against(
     )
   axes.set_xlabel(f'number of {key}')
   axes.set_ylabel('seconds' if of == 'seconds' else 'memory, MB')
-  axes.set_ylim(bottom=0)
+  axes.set_ylim(0, None)
+  axes.margins(y=0.1)
   axes.set_xticks(sorted({r[key] for r in rows}))
 
 
