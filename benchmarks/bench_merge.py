@@ -49,6 +49,9 @@ _PARTS = flags.DEFINE_list('parts', 'memory,disk,device', 'what to measure')
 _METHODS = flags.DEFINE_list(
   'methods', 'average,task_arithmetic,ties', "of the catalogue, or 'all'"
 )
+_DISK_METHODS = flags.DEFINE_list(
+  'disk_methods', '', 'those of them that are merged from files; empty: all'
+)
 _EXPERTS = flags.DEFINE_list('experts', '2,4,8,20', 'numbers of experts')
 _FORMS = flags.DEFINE_list(
   'forms', 'stacked,donated,leaves,leaves_donated', 'of ours in memory'
@@ -245,7 +248,10 @@ def measure_disk(bench: _Bench) -> Iterator[dict[str, Any]]:
     for num, case in bench.plan
     if 'mergekit' in case['peers']
   }
+  chosen = _DISK_METHODS.value
   for num, case in bench.plan:
+    if chosen and case['method'] not in chosen:
+      continue
     said = functools.partial(bench.row, 'disk', case, num, '')
     if not case['by_leaf']:
       yield said(missing={'ours': 'cannot be merged leaf by leaf'})
@@ -369,8 +375,10 @@ def main(argv):
   del argv
   if _QUICK.value:
     runs.set_defaults(
-      **{'layers': 1, 'width': 384, 'experts': ['2', '4']},
-      **{'forms': ['donated', 'leaves'], 'repeats': 3, 'seconds': 1.0},
+      **{'layers': 1, 'width': 192, 'experts': ['2'], 'repeats': 3},
+      **{'forms': ['donated', 'leaves'], 'seconds': 1.0},
+      # To start two processes a merge takes longer than all else.
+      disk_methods=['average', 'ties'],
     )
   _check_flags()
   cores = sorted(os.sched_getaffinity(0))

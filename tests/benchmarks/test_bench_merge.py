@@ -203,6 +203,7 @@ def test_processes_may_be_used_again(tmp_path):
   rows = command(
     *(tmp_path / 'found.jsonl', '--quick', '--parts=memory,disk'),
     *('--methods=average,pcb', '--experts=2,3', '--forms=donated'),
+    '--disk_methods=pcb',
   )
   memory = [row for row in rows if row['part'] == 'memory']
   assert [(r['method'], r['experts']) for r in memory] == [
