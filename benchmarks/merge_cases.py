@@ -16,8 +16,8 @@ from typing import Any
 
 import optax
 
-from benchmarks import parity
 from benchmarks import parity_cases
+from benchmarks import parity_runs
 from benchmarks.parity_cases import Case
 from benchmarks.worker import Job
 from dam_jax import catalogue
@@ -115,7 +115,7 @@ def variants(method: str, num: int) -> list[Variant]:
     return [Variant(method, '', functools.partial(entry.factory), {})]
   groups: dict[str, dict[str, Case]] = {}
   for peer, case in cases.items():
-    groups.setdefault(parity.describe(case.ours), {})[peer] = case
+    groups.setdefault(parity_runs.describe(case.ours), {})[peer] = case
   return [
     Variant(
       method,
@@ -179,7 +179,7 @@ def _describe(variant: Variant) -> dict[str, Any]:
   return {
     'method': variant.method,
     'variant': variant.name,
-    'says': parity.describe(variant.ours),
+    'says': parity_runs.describe(variant.ours),
     'forms': forms(variant),
     'by_leaf': catalogue.DATA_FREE[variant.method].passes != '-',
     'peers': peers,
@@ -209,7 +209,7 @@ def agree(
   for peer, case in cases.items():
     if peer in pythons:
       with tempfile.TemporaryDirectory() as folder:
-        [row], _ = parity.compare([case], pythons, Path(folder), 1)
+        [row], _ = parity_runs.compare([case], pythons, Path(folder), 1)
       errors[peer] = row.worst.error
   return errors
 

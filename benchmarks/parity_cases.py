@@ -16,7 +16,7 @@ import optax
 import dam_jax as dj
 
 EVERY = ('plain', 'tied', 'still')
-"""The kinds of problems with three experts, see `benchmarks.parity`."""
+"""The kinds of problems with three experts, see `benchmarks.parity_runs`."""
 DENSITIES = (0.2, 0.5, 0.9)
 WEIGHTS = (0.5, 0.3, 0.4)
 """Of three experts; their sum is not one."""

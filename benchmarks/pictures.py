@@ -159,6 +159,40 @@ def checkpoints(rows: Sequence[Row]) -> bytes:
   return bars(found, 'GB/s')
 
 
+def step_programs(row: Row) -> list[dict[str, Any]]:
+  """Returns a row of `benchmarks.bench_meta_step` for each of its programs.
+
+  Each has what is known of model, method, experts, compute, program, seconds,
+  cpu, compile, first, peak, flops and mfu. A row that has a program's seconds
+  is that program's already.
+  """
+  if 'seconds' in row:
+    return [{'program': 'ours', **row}]
+  keys = ('model', 'method', 'experts', 'compute')
+  counted = row.get('counted', {}).values()
+  flops = sum(phase['flops'] for phase in counted) or None
+  reached = row.get('machine', {}).get('flops')
+  found = []
+  for program in ('ours', 'torch', 'fusion_bench'):
+    if program in row:
+      about = row if program == 'ours' else row.get(f'{program}_about', {})
+      first = row.get('first', {}).get(program, {})
+      seconds = [x['seconds'] for x in row[program]]
+      known = {
+        **{key: row.get(key) for key in keys},
+        **{'program': program, 'seconds': seconds},
+        'cpu': [x['cpu'] for x in row[program]],
+        'compile': about.get('compile'),
+        'first': first.get('seconds'),
+        'peak': row.get('memory', {}).get(program) or first.get('peak'),
+        'flops': flops,
+      }
+      if flops and reached:
+        known['mfu'] = flops / reached / median(seconds)
+      found.append({key: x for key, x in known.items() if x is not None})
+  return found
+
+
 def steps(rows: Sequence[Row]) -> bytes:
   """Draws seconds a step of each program.
 
@@ -166,10 +200,9 @@ def steps(rows: Sequence[Row]) -> bytes:
     rows: of `benchmarks.bench_meta_step`.
   """
   found: dict[str, dict[str, float]] = {}
-  for row in rows:
-    if row.get('seconds'):
-      words = [row.get('model'), row.get('method'), row.get('compute')]
-      name = ', '.join(str(x) for x in words if x)
-      case = found.setdefault(f'{name}, K = {row.get("experts", "?")}', {})
-      case[row.get('program', 'ours')] = median(row['seconds'])
+  for row in (program for each in rows for program in step_programs(each)):
+    words = [row.get('model'), row.get('method'), row.get('compute')]
+    name = ', '.join(str(x) for x in words if x)
+    case = found.setdefault(f'{name}, K = {row.get("experts", "?")}', {})
+    case[row['program']] = median(row['seconds'])
   return bars(found, 'seconds a step')

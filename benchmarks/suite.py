@@ -27,6 +27,9 @@ _FUSION_BENCH = flags.DEFINE_string(
 _MERGEKIT = flags.DEFINE_string(
   'mergekit_python', '', 'a Python that has mergekit'
 )
+_TORCH = flags.DEFINE_string(
+  'torch_python', '', 'a Python that has torch and transformers'
+)
 _ONLY = flags.DEFINE_list('only', '', 'names of benchmarks; empty: all')
 
 
@@ -42,6 +45,7 @@ def main(argv):
     'pool': _POOL.value,
     'fusion_bench_python': _FUSION_BENCH.value,
     'mergekit_python': _MERGEKIT.value,
+    'torch_python': _TORCH.value,
   }
   console = Console()
   names = _ONLY.value or list(suite_runs.BENCHMARKS)

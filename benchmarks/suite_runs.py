@@ -32,10 +32,7 @@ PEERS = ('fusion_bench_python', 'mergekit_python')
 BENCHMARKS = {
   'parity': Benchmark(takes=PEERS, any_of=PEERS),
   'bench_merge': Benchmark(takes=PEERS, argv=('--methods=all',)),
-  # It may run without a peer's Python, and may not know that flag.
-  'bench_meta_step': Benchmark(
-    takes=PEERS[:1], argv=('--undefok=quick,out,fusion_bench_python',)
-  ),
+  'bench_meta_step': Benchmark(takes=('torch_python', *PEERS[:1])),
   'bench_scaling': Benchmark(),
   'bench_checkpoint': Benchmark(),
   'bench_security': Benchmark(

@@ -43,7 +43,7 @@ def _first(row: Row, name: str) -> float | None:
 def meta_step(rows: Sequence[Row]) -> str:
   """Seconds a step of learned merges, and of others beside them."""
   lines = []
-  for row in rows:
+  for row in (x for each in rows for x in pictures.step_programs(each)):
     mfu = row.get('mfu')
     lines.append(
       [

@@ -17,6 +17,13 @@ ROWS = {
   'meta_step': [
     {'model': 'pool', 'method': 'dam_robust', 'seconds': [1.0, 3.0]},
     {
+      **{'model': 'nano', 'method': 'dam_paper', 'experts': 2},
+      **{'compute': 'float32', 'ours': RUNS, 'torch': RUNS, 'compile': 4.0},
+      **{'first': {'torch': {'seconds': 5.0, 'peak': 1e9}}},
+      'counted': {'inner': {'flops': 1e12}, 'masks': {'flops': 2e12}},
+      'machine': {'flops': 3e12},
+    },
+    {
       **{'model': 'pool', 'method': 'dam_robust', 'experts': 6},
       **{'program': 'torch', 'seconds': [9.0], 'cpu': [8.0], 'compile': 1.5},
       **{'compute': 'float32', 'peak': 2e9, 'flops': 3e12, 'mfu': 0.25},
@@ -88,6 +95,13 @@ def test_rows_become_a_table(benchmark):
   for table in text.split('\n\n'):
     # All lines of a table have as many cells.
     assert len({line.count('|') for line in table.split('\n')}) == 1
+
+
+def test_programs_of_a_step_get_a_line_each():
+  text = tables.meta_step(ROWS['meta_step'])
+  head = '| nano | dam_paper | 2 | float32'
+  assert f'{head} | ours | 2 | 3 | 4 |  |  | 3 | 50% |' in text
+  assert f'{head} | torch | 2 | 3 |  | 5 | 1 | 3 | 50% |' in text
 
 
 def test_what_is_left_out_is_said():
