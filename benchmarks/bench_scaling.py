@@ -165,6 +165,7 @@ def main(argv):
       **{'layers': 1, 'width': 384, 'step_layers': 1, 'step_width': 64},
       **{'image': 16, 'batch': 4, 'experts': ['2', '3', '4']},
       **{'fixed_experts': 2, 'repeats': 9, 'seconds': 5.0},
+      merges=['ties'],
     )
   load, rows = os.getloadavg(), []
   for row in measure_all():
