@@ -1,7 +1,7 @@
 """Whether `dam_released` defends as the PyTorch code that it stands for.
 
   python -m benchmarks.bench_security --pool=PATH --fusion_bench_python=PYTHON \
-    --folder=PATH
+    --folder=PATH --out=FILE
 
 Merges a pool's experts with both, on the same dev images and for the same
 number of steps and seeds, and measures both on the same test images and
@@ -10,8 +10,9 @@ get the base's here, for both. What the folder has is not computed again.
 """
 
 from collections.abc import Mapping, Sequence
-import json
+import contextlib
 from pathlib import Path
+import tempfile
 
 from absl import app
 from absl import flags
@@ -21,6 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import records
+from benchmarks import runs
 from benchmarks import security_runs
 from benchmarks.security_runs import OURS
 from configs import pool as pool_config
@@ -30,7 +33,9 @@ _POOL = flags.DEFINE_string('pool', '', 'folder of a pool')
 _PEER = flags.DEFINE_string(
   'fusion_bench_python', '', 'a Python that has fusion-bench'
 )
-_FOLDER = flags.DEFINE_string('folder', '', 'where to write')
+_FOLDER = flags.DEFINE_string(
+  'folder', '', 'where to write, and to go on from; empty is a temporary one'
+)
 _BAD = flags.DEFINE_string(
   'bad', 'badmerging_cifar100,badmerging_gtsrb', 'backdoored checkpoints'
 )
@@ -40,6 +45,10 @@ _COEFFICIENT_STEPS = flags.DEFINE_integer(
   'coefficient_steps', 1000, 'of the coefficients after it'
 )
 _TEST = flags.DEFINE_integer('test', 0, 'test images a task; 0 is all')
+_QUICK = flags.DEFINE_bool(
+  'quick', False, 'one seed, few steps and images: whether it works at all'
+)
+_OUT = flags.DEFINE_string('out', '', 'file to append a line a row to')
 
 
 def _config(pool: Path, seed: int) -> config_dict.ConfigDict:
@@ -73,12 +82,17 @@ def _table(found: Sequence[Mapping], seconds: Mapping[str, float]) -> Table:
 def main(argv):
   """Merges, compares and prints."""
   del argv
-  if not (_POOL.value and _PEER.value and _FOLDER.value):
-    raise app.UsageError(
-      '--pool, --fusion_bench_python and --folder are needed'
-    )
+  if not (_POOL.value and _PEER.value):
+    raise app.UsageError('--pool and --fusion_bench_python are needed')
+  if _QUICK.value:
+    runs.set_defaults(seeds=1, steps=4, coefficient_steps=2, test=20)
   logging.set_verbosity(logging.WARNING)
-  console, folder = Console(width=110), Path(_FOLDER.value)
+  with contextlib.ExitStack() as stack:
+    folder = _FOLDER.value or stack.enter_context(tempfile.TemporaryDirectory())
+    _compare(Path(folder), Console(width=110))
+
+
+def _compare(folder: Path, console: Console) -> None:
   security_runs.share_projection(Path(_POOL.value), folder / 'pool')
   mine, peers = [], []
   for seed in range(_SEEDS.value):
@@ -88,19 +102,23 @@ def main(argv):
     peers.append(security_runs.theirs(config, _PEER.value, peer))
     console.print(f'seed {seed}: done')
   seconds = {
-    name: float(np.mean([taken for _, taken in runs]))
-    for name, runs in ((OURS, mine), ('FusionBench', peers))
+    name: float(np.mean([taken for _, taken in merges]))
+    for name, merges in ((OURS, mine), ('FusionBench', peers))
   }
   found = security_runs.rows(
     [hits for hits, _ in mine], [hits for hits, _ in peers]
   )
-  record = {
-    'rows': found,
-    'seconds': seconds,
-    'steps': [_STEPS.value, _COEFFICIENT_STEPS.value],
-    'versions': checkpoint.versions(),
-  }
-  checkpoint.write(folder / 'security.json', json.dumps(record, indent=2))
+  records.append(
+    _OUT.value,
+    'security',
+    found,
+    seconds=seconds,
+    seeds=_SEEDS.value,
+    steps=[_STEPS.value, _COEFFICIENT_STEPS.value],
+    test=_TEST.value,
+    bad=_BAD.value.split(','),
+    versions=checkpoint.versions(),
+  )
   console.print(_table(found, seconds))
 
 

@@ -6,12 +6,20 @@ import json
 import os
 from pathlib import Path
 import subprocess
+import time
 from typing import Any
 
 import numpy as np
 
 from benchmarks.runs import HOST
 from benchmarks.runs import ROOT
+
+_BLOCK = 1 << 24
+
+ENTRYWISE = ('average', 'weighted_average', 'task_arithmetic')
+"""Methods that hold little beside the models."""
+RANKED = ('consensus', 'dare', 'ties')
+"""Methods of which FusionBench holds all models as vectors, many times."""
 
 
 def expert_paths(folder: Path, num: int) -> list[Path]:
@@ -73,11 +81,21 @@ def make_models(
 
 
 def ours_argv(
-  python: str, folder: Path, num: int, method: Sequence[str], out: Path
+  python: str,
+  folder: Path,
+  num: int,
+  method: str,
+  options: Mapping[str, Any],
+  out: Path,
 ) -> list[str]:
   """Returns the command of ours that merges files."""
   experts = [
     text for path in expert_paths(folder, num) for text in ('--expert', path)
+  ]
+  settings = [
+    text
+    for key, value in options.items()
+    for text in ('--set', f'{key}={_literal(value)}')
   ]
   return [
     python,
@@ -85,32 +103,73 @@ def ours_argv(
     'from dam_jax import cli; cli.run()',
     'merge',
     *map(str, ('--base', folder / 'base.safetensors', *experts)),
-    *('--method', *method),
+    *('--method', method, *settings),
     *('--out', str(out)),
   ]
+
+
+def _literal(value: Any) -> str:
+  return value if isinstance(value, str) else repr(value)
 
 
 def mergekit_argv(
   python: str,
   folder: Path,
   num: int,
-  method: str,
-  parameters: Mapping[str, Any],
+  peer: Mapping[str, Any],
   out: Path,
   threads: int,
 ) -> list[str]:
-  """Writes mergekit's configuration and returns the command that reads it."""
+  """Writes mergekit's configuration and returns the command that reads it.
+
+  Args:
+    python: beside which the command is.
+    folder: of the models.
+    num: of experts.
+    peer: method, options and inputs, as `benchmarks.parity_cases.Peer` has
+      them; an option with a value for each expert becomes that expert's own.
+    out: folder to write.
+    threads: that mergekit may use.
+  """
+  paths = expert_paths(folder, num)
+  each = {k: x for k, x in peer['options'].items() if isinstance(x, list)}
   config: dict[str, Any] = {
-    'merge_method': method,
-    'models': [{'model': str(path)} for path in expert_paths(folder, num)],
-    'parameters': dict(parameters),
+    'merge_method': peer['method'],
+    'models': [
+      {
+        'model': str(path),
+        'parameters': {key: values[k] for key, values in each.items()},
+      }
+      for k, path in enumerate(paths)
+    ],
+    'parameters': {k: x for k, x in peer['options'].items() if k not in each},
   }
-  if method != 'linear':
-    config['base_model'] = str(folder / 'base.safetensors')
+  if peer['inputs'] != 'experts':
+    base = folder / 'base.safetensors'
+    config['base_model'] = str(paths[0] if peer['inputs'] == 'first' else base)
   path = out.with_suffix('.yml')
   path.write_text(json.dumps(config))  # JSON is YAML
   command = Path(python).parent / 'mergekit-pytorch'
   return [str(command), str(path), str(out), '--num-threads', str(threads)]
+
+
+def copy_files(folder: Path, num: int) -> dict[str, float]:
+  """Reads the models that a merge reads and writes one; returns seconds."""
+  base, out = folder / 'base.safetensors', folder / 'copied.safetensors'
+  block = bytearray(_BLOCK)
+  cpu, begin = time.process_time(), time.perf_counter()
+  with out.open('wb', buffering=0) as target:
+    for path in (base, *expert_paths(folder, num)):
+      with path.open('rb', buffering=0) as source:
+        while count := source.readinto(block):
+          if path == base:
+            target.write(memoryview(block)[:count])
+    # What a merge of ours has written is on the disk, too.
+    os.fsync(target.fileno())
+  return {
+    'seconds': time.perf_counter() - begin,
+    'cpu': time.process_time() - cpu,
+  }
 
 
 def difference(python: str, base: Path, ours: Path, peer: Path) -> float:
@@ -125,3 +184,25 @@ def difference(python: str, base: Path, ours: Path, peer: Path) -> float:
   )
   found = json.loads(done.stdout)['whole']
   return found['norm_difference'] / found['norm_task_vector_b']
+
+
+def models_needed(program: str, method: str, form: str, num: int) -> int:
+  """Returns how many models a program may hold at a time, inputs included."""
+  if program == 'ours':
+    if form.startswith('leaves'):
+      return num + 6
+    return 2 * num + 6 if method in ENTRYWISE else 5 * num + 6
+  if program == 'fusion_bench' and method in RANKED:
+    return 10 * num
+  return num + 6 if method in ENTRYWISE else 3 * num + 6
+
+
+def wrong(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Says where results differ by more than float32 explains."""
+  return [
+    f'{row["part"]}: {row["says"]}, {row["experts"]} experts, {row["form"]}: '
+    f'differs from {name} by {found["difference"]:.1e}'
+    for row in rows
+    for name, found in row.get('peers', {}).items()
+    if not found.get('difference', 0) <= row['tolerance']
+  ]

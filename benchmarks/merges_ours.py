@@ -9,17 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
+from benchmarks import merge_cases
 from benchmarks.merge_runs import expert_paths
 from benchmarks.worker import Job
 import dam_jax as dj
 from dam_jax import checkpoint
-
-METHODS = {
-  'average': dj.average,
-  'task_arithmetic': functools.partial(dj.task_arithmetic, 0.3),
-  'ties': functools.partial(dj.ties, 0.2, 0.3),
-}
 
 
 def _arrays(params: Any) -> Any:
@@ -53,12 +49,21 @@ def _draws(folder: Path, num: int) -> Iterator[tuple[Any, Any]]:
     yield jax.block_until_ready(draw(jax.random.key(seed)))
 
 
-def load(*, folder: str, method: str, form: str, num: int, threads: int) -> Job:
+def load(
+  *,
+  folder: str,
+  method: str,
+  variant: str,
+  form: str,
+  num: int,
+  threads: int,
+) -> Job:
   """Reads a base and its experts; the threads are those of the process.
 
   Args:
     folder: of the models.
-    method: one of `METHODS`.
+    method: its name in `dam_jax.catalogue`.
+    variant: which of those of `benchmarks.merge_cases`.
     form: 'stacked': `dj.merge` jitted; 'donated': with the base donated;
       'device': the same, on random models; 'leaves': `dj.streaming.merge`;
       'leaves_donated': with the base donated.
@@ -68,7 +73,7 @@ def load(*, folder: str, method: str, form: str, num: int, threads: int) -> Job:
   Returns:
     The merge.
   """
-  tx = METHODS[method]()
+  tx = merge_cases.find(method, variant, num).make()
   donated = form in ('donated', 'device', 'leaves_donated')
   if form == 'device':
     prepare = functools.partial(next, _draws(Path(folder), num))
@@ -78,13 +83,15 @@ def load(*, folder: str, method: str, form: str, num: int, threads: int) -> Job:
     def prepare():
       return (_arrays(base) if donated else base), experts
 
+  def whole(base, experts):
+    if isinstance(tx, optax.GradientTransformation):
+      return dj.merge(tx, base, experts).params
+    return tx(base, experts)
+
   if form.startswith('leaves'):
     merge = functools.partial(dj.streaming.merge, tx, donate_base=donated)
   else:
-    merge = jax.jit(
-      lambda base, experts: dj.merge(tx, base, experts).params,
-      donate_argnums=(0,) if donated else (),
-    )
+    merge = jax.jit(whole, donate_argnums=(0,) if donated else ())
   return Job(
     prepare=prepare,
     run=lambda given: jax.block_until_ready(merge(*given)),
@@ -94,16 +101,20 @@ def load(*, folder: str, method: str, form: str, num: int, threads: int) -> Job:
       'threads': threads,
       'versions': checkpoint.versions(),
     },
-    requests={'difference': _difference},
+    requests={
+      'difference': functools.partial(
+        _difference, Path(folder) / 'base.safetensors'
+      )
+    },
   )
 
 
-def _difference(params: Any, path: str) -> float:
-  """Returns the largest `|ours - peer| / max|peer|` of a leaf of a file."""
-  model = checkpoint.open_model(path)
-  errors = [0.0]
+def _difference(base_path: Path, params: Any, path: str) -> float:
+  """Returns the norm of `ours - peer` by that of the peer's task vector."""
+  base, model = map(checkpoint.open_model, (base_path, path))
+  squares = np.zeros(2)
   for name, ours in dj.tree.flatten(params).items():
-    peer = model.read(name)
-    most = float(np.max(np.abs(peer)))
-    errors.append(float(np.max(np.abs(ours - peer))) / (most or 1))
-  return max(errors)
+    peer = np.asarray(model.read(name), np.float64)
+    gaps = ours - peer, peer - base.read(name)
+    squares += [float(np.sum(np.square(gap))) for gap in gaps]
+  return float(np.sqrt(squares[0] / (squares[1] or 1)))

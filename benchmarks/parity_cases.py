@@ -16,7 +16,7 @@ import optax
 import dam_jax as dj
 
 EVERY = ('plain', 'tied', 'still')
-"""The kinds of problems with three experts, see `benchmarks.parity`."""
+"""The kinds of problems with three experts, see `benchmarks.parity_runs`."""
 DENSITIES = (0.2, 0.5, 0.9)
 WEIGHTS = (0.5, 0.3, 0.4)
 """Of three experts; their sum is not one."""
@@ -78,9 +78,13 @@ DRAWS = {'uniform_fn': 'uniform'}
 
 
 def dropped(
-  rate: float, *, then: Any, uniform_fn: Callable, rescale: bool | str = True
+  rate: float,
+  *,
+  then: Any,
+  uniform_fn: Callable = dj.transforms.uniform,
+  rescale: bool | str = True,
 ) -> Any:
-  """DARE with given draws."""
+  """DARE with given draws, or draws of its own."""
   drop = dj.transforms.drop(rate, rescale=rescale, uniform_fn=uniform_fn)
   return dj.chain(drop, then())
 
@@ -100,8 +104,13 @@ def knotted(scale: float, **options: Any) -> Callable:
       'linear': dj.knots(ties, scaled=True, input_axis=1),
       'other': dj.task_arithmetic(scale / num),
     }
-    rules = [('layers/.*/weight', 'linear')]
-    labels = dj.tree.label_by_path(base, rules, default='other')
+    labels = jax.tree.unflatten(
+      jax.tree.structure(base),
+      [
+        'linear' if x.ndim == 2 and 'embed' not in path else 'other'
+        for path, x in dj.tree.flatten(base).items()
+      ],
+    )
     return dj.merge(optax.partition(txs, labels), base, experts).params
 
   return merge

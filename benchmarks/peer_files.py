@@ -26,6 +26,16 @@ import torch
 State = dict[str, torch.Tensor]
 
 
+def _read(path: Path) -> State:
+  # Copied: a tensor of a file is a map of it.
+  return {name: x.clone() for name, x in load_file(path).items()}
+
+
+def save(state: State, path: str | Path) -> None:
+  """Writes what a peer merged."""
+  save_file({n: x.detach().contiguous() for n, x in state.items()}, path)
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
   """One merge of a peer.
@@ -37,6 +47,7 @@ class Job:
     inputs: 'base': the base and its experts; 'experts': these alone; 'first':
       these, the first of them in the base's place.
     out: the name of the merged file.
+    num: of experts, the first ones; None: all that there are.
   """
 
   folder: Path
@@ -44,15 +55,22 @@ class Job:
   options: dict[str, Any]
   inputs: str
   out: str
+  num: int | None = None
+
+  @property
+  def paths(self) -> list[Path]:
+    """The experts' files, in their order."""
+    found = self.folder.glob('expert_*.safetensors')
+    numbered = sorted(found, key=lambda path: int(path.stem.split('_')[1]))
+    return numbered[: self.num]
 
   @functools.cached_property
   def base(self) -> State:
-    return load_file(self.folder / 'base.safetensors')
+    return _read(self.folder / 'base.safetensors')
 
   @functools.cached_property
   def experts(self) -> list[State]:
-    paths = sorted(self.folder.glob('expert_*.safetensors'))
-    return [load_file(path) for path in paths]
+    return [_read(path) for path in self.paths]
 
   def each(self, name: str) -> list[State]:
     """Returns what a file `[K, ...]` has for each expert."""
@@ -92,8 +110,7 @@ def run(merge: Callable[[Job], State], packages: Sequence[str]) -> None:
   (folder / 'merged').mkdir(exist_ok=True)
   for fields in json.loads((folder / f'{name}.jobs.json').read_text()):
     job = Job(**fields | {'folder': folder / fields['folder']})
-    merged = {n: x.detach().contiguous() for n, x in merge(job).items()}
-    save_file(merged, folder / 'merged' / f'{job.out}.safetensors')
+    save(merge(job), folder / 'merged' / f'{job.out}.safetensors')
   versions = {p: importlib.metadata.version(p) for p in (*packages, 'torch')}
   versions['python'] = platform.python_version()
   (folder / f'{name}.versions.json').write_text(json.dumps(versions))

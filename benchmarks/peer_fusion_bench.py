@@ -5,8 +5,9 @@ The others need data or a trained mask, or return more than one model: there
 the function that merges is called with what the files give it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import copy
+from typing import Any
 from unittest import mock
 
 from fusion_bench.method.dare.simple_average import DareSimpleAverage
@@ -77,7 +78,8 @@ def module(state: State) -> nn.Module:
       if not hasattr(at, part):
         at.add_module(part, nn.Module())
       at = getattr(at, part)
-    linear = params['weight'].ndim == 2 and 'embed' not in prefix
+    weight = params.get('weight')
+    linear = weight is not None and weight.ndim == 2 and 'embed' not in prefix
     layer = nn.Linear(1, 1, bias='bias' in params) if linear else nn.Module()
     for last, parameter in params.items():
       setattr(layer, last, parameter)
@@ -85,11 +87,19 @@ def module(state: State) -> nn.Module:
   return root
 
 
-def _pool(job: Job) -> BaseModelPool:
+def _models(job: Job) -> dict[str, nn.Module]:
   models = {f'expert_{k}': module(x) for k, x in enumerate(job.experts)}
   if job.inputs == 'base':
     models = {'_pretrained_': module(job.base), **models}
-  return BaseModelPool(models)
+  return models
+
+
+def run_algorithm(
+  method: str, options: Mapping[str, Any], models: dict[str, nn.Module]
+) -> State:
+  """Runs an algorithm on modules, into one of which it may merge."""
+  merged = ALGORITHMS[method](**options).run(BaseModelPool(models))
+  return dict(merged.state_dict())
 
 
 def _linear(model: nn.Module) -> list[str]:
@@ -109,8 +119,7 @@ def _algorithm(job: Job) -> State:
   uniform = job.each('uniform')
   draws = [x[name] for x in uniform for name in names]
   with peer_files.given_draws(draws):
-    merged = ALGORITHMS[job.method](**job.options).run(_pool(job))
-  return dict(merged.state_dict())
+    return run_algorithm(job.method, job.options, _models(job))
 
 
 def _vectors(job: Job) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +165,7 @@ def _consensus(job: Job) -> State:
 
 
 def _emr(job: Job) -> State:
-  merged = EMRMerging().run(_pool(job))
+  merged = EMRMerging().run(BaseModelPool(_models(job)))
   models = []
   for task in merged.modulators:
     model = copy.deepcopy(merged)

@@ -59,6 +59,10 @@ class Worker:
     self._process.stdin.flush()
     return self._answer()
 
+  def load(self, options: Mapping[str, Any]) -> None:
+    """Has the process compute something else."""
+    self.about = self.ask('load', options)
+
   def __enter__(self) -> 'Worker':
     return self
 

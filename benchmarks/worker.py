@@ -3,8 +3,9 @@
   python -m benchmarks.worker PROGRAM OPTIONS
 
 `PROGRAM` is a module of this folder. Its `load` takes the options, which are
-JSON, and returns a `Job`. Requests and answers are lines of JSON; what a
-program prints goes to the standard error.
+JSON, and returns a `Job`; so does the request 'load', in the place of the job
+that is there. Requests and answers are lines of JSON; what a program prints
+goes to the standard error.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,14 +58,17 @@ def measure(job: Job, given: Any) -> tuple[dict[str, float], Any]:
 
 
 def measure_first(job: Job, given: Any) -> tuple[dict[str, float], Any]:
-  """The same of a process's first run, and bytes held beyond its inputs."""
+  """The same of a process's first run, with bytes of memory.
+
+  `held` are those before it, its inputs among them, `peak` those beyond.
+  """
   # What was freed must not look held, nor the peak of what was before.
   gc.collect()
   ctypes.CDLL(None).malloc_trim(0)
   Path('/proc/self/clear_refs').write_text('5')
   held = _memory('VmRSS')
   found, result = measure(job, given)
-  return {**found, 'peak': _memory('VmHWM') - held}, result
+  return {**found, 'held': held, 'peak': _memory('VmHWM') - held}, result
 
 
 def load(*, size: int, threads: int) -> Job:
@@ -102,7 +106,11 @@ def main(argv: list[str]) -> None:
   answers.flush()
   for line in sys.stdin:
     request, *args = json.loads(line)
-    if request in ('first', 'run'):
+    if request == 'load':
+      job = result = None  # before the next one is there
+      job = module.load(**args[0])
+      answer = job.about
+    elif request in ('first', 'run'):
       result = None  # before the next one is there
       run = {'first': measure_first, 'run': measure}[request]
       answer, result = run(job, job.prepare())
