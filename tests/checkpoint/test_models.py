@@ -11,6 +11,7 @@ import tracemalloc
 import jax
 import jax.numpy as jnp
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 import pytest
 from safetensors.numpy import save_file
 
@@ -357,6 +358,29 @@ def test_orbax_returns_with_every_dtype(tmp_path):
     tmp_path / 'a', checkpoint.open_model({'b': np.zeros(2)}), overwrite=True
   )
   assert list(checkpoint.open_model(tmp_path / 'a').leaves) == ['b']
+
+
+def test_orbax_restores_small_leaves_together(tmp_path, monkeypatch):
+  params = {
+    name: np.full(n, n, np.float32) for n, name in enumerate('abcde', start=1)
+  }
+  params['f'] = np.arange(40, dtype=np.float32)
+  checkpoint.save_orbax(tmp_path / 'a', checkpoint.open_model(params))
+  monkeypatch.setattr('dam_jax.checkpoint.state._AT_ONCE', 32)
+  model, calls = checkpoint.open_model(tmp_path / 'a'), []
+  load = ocp.load
+
+  def count(path, like):
+    calls.append(path)
+    return load(path, like)
+
+  monkeypatch.setattr(ocp, 'load', count)
+  # Of 4 + 8 + 12, 16, 20 and 160 bytes; again and again where asked to.
+  reads = ('a', 1), ('c', 1), ('d', 2), ('e', 3), ('f', 4), ('b', 5), ('b', 6)
+  for leaf, want in reads:
+    np.testing.assert_array_equal(model.read(leaf), params[leaf])
+    assert len(calls) == want
+  assert not model.read('c').flags.writeable
 
 
 def test_orbax_state_of_a_run_is_a_model(tmp_path):
