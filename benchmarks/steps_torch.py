@@ -406,7 +406,7 @@ def load(
     requests={
       'check': stepper.check,
       'machine': functools.partial(_machine, compute, device),
-      'memory': functools.partial(_device_memory, device),
+      'memory': functools.partial(device_memory, device),
     },
   )
 
@@ -446,7 +446,7 @@ def _machine(compute: str, device: str, result: Any) -> dict[str, float]:
   }
 
 
-def _device_memory(device: str, result: Any) -> int | None:
+def device_memory(device: str, result: Any) -> int | None:
   """Returns the peak of an accelerator's memory in bytes."""
   del result
   return torch.cuda.max_memory_allocated() if device == 'cuda' else None
