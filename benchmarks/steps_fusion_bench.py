@@ -182,7 +182,7 @@ def _given_first(mask_model: nn.Module, uniforms: Mapping[str, Tensor]) -> None:
     given = iter(
       [uniforms[f'vision_model.{n}'] for n, _ in mask_model.named_parameters()]
     )
-    with mock.patch.object(torch, 'rand', lambda *a, **kw: next(given)):
+    with mock.patch.object(torch, 'rand', side_effect=given):
       return sample(*args, **options)
 
   mask_model.sample_mask = first
@@ -245,7 +245,7 @@ def _watch(
 def _algorithm(
   method: str, model: str, num: int, compute: str, device: str
 ) -> Any:
-  """Makes an algorithm that reads no files, nothing of the hub and no logger."""
+  """Makes an algorithm that needs neither the hub, nor data, nor a logger."""
   make, options, _ = METHODS[method]
   algorithm = make(OmegaConf.create(options))
   algorithm._fabric_instance = lightning.Fabric(

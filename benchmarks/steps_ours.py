@@ -300,12 +300,15 @@ def _check(spec: MetaSpec, layout: Layout, result) -> dict[str, Any]:
     for name, x in metrics.items()
     if name.endswith('/loss') and bool(jnp.isfinite(x).all())
   }
-  found['masks/loss'] = sum(
-    weight * found[name]
-    for _, *weights in spec.updates
-    for name, weight in zip(('clean/loss', 'safety/loss'), weights, strict=True)
-    if weight
-  )
+  if spec.updates:
+    found['masks/loss'] = sum(
+      weight * found[name]
+      for _, *weights in spec.updates
+      for name, weight in zip(
+        ('clean/loss', 'safety/loss'), weights, strict=True
+      )
+      if weight
+    )
   states = dict(state.mask_states)
   if state.adversary is not None:
     states['perturbation'] = state.adversary_state
