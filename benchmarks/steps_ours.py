@@ -140,7 +140,7 @@ class _Program:
     return found
 
 
-class _Learner(NamedTuple):
+class Learner(NamedTuple):
   """A method on a problem.
 
   Attributes:
@@ -156,9 +156,10 @@ class _Learner(NamedTuple):
   batch: int
 
 
-def _learner(
+def make_learner(
   model: str, method: str, num: int, batch: int, compute: str
-) -> _Learner:
+) -> Learner:
+  """Makes a method on a problem; see `load` for the arguments."""
   [name] = methods.parse(method, num)
   config = clip.VisionConfig(**problem.SIZES[model])
   tower = clip.VisionTower(config, dtype=jnp.dtype(compute))
@@ -183,7 +184,7 @@ def _learner(
   )
   # The functions of a learned merger are methods of what has its spec.
   spec = merger.step.__self__.spec
-  return _Learner(merger, spec, functions, chosen['batch'])
+  return Learner(merger, spec, functions, chosen['batch'])
 
 
 def load(
@@ -202,7 +203,7 @@ def load(
   Returns:
     The step.
   """
-  learner = _learner(model, method, num, batch, compute)
+  learner = make_learner(model, method, num, batch, compute)
   spec, models = learner.spec, raveled(model, num)
   draw = functools.partial(
     _batch, model, learner.merger.plan, num, learner.batch
