@@ -27,6 +27,7 @@ from dam_jax.meta_spec import MetaSpec
 from dam_jax.models import clip
 from dam_jax.models import convert
 from dam_jax.models import inputs
+from experiments import command
 from experiments import learn
 from experiments import methods
 
@@ -203,6 +204,7 @@ def load(
   Returns:
     The step.
   """
+  command.spare_gpus()
   learner = make_learner(model, method, num, batch, compute)
   spec, models = learner.spec, raveled(model, num)
   draw = functools.partial(
