@@ -68,8 +68,12 @@ TAKES = {
   ),
 }
 """Methods of each peer."""
-TOLERANCE = {'float32': 1e-3, 'tf32': 2e-2, 'bfloat16': 2e-1}
-"""Of `step_problem.difference`, by what products are computed in."""
+TOLERANCE = {'float32': 1e-3, 'tf32': 5e-2, 'bfloat16': 0.5}
+"""Of `step_problem.difference`, by what products are computed in.
+
+In bfloat16 a gradient on few images is right to a tenth; the same program in
+float32 is what shows that two are the same.
+"""
 DEVICES = {'cpu': 'cpu', 'gpu': 'cuda', 'cuda': 'cuda'}
 """What torch calls JAX's platforms; it has no others."""
 
