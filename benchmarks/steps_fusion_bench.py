@@ -276,8 +276,7 @@ def load(
   draws: str,
 ) -> Job:
   """Begins a merge; see `steps_torch.load` for the arguments."""
-  torch.set_num_threads(threads)
-  torch.set_float32_matmul_precision('high')
+  steps_torch.configure(threads, device)
   phases = METHODS[method][2]
   algorithm = _algorithm(method, model, num, compute, device)
   base, *experts = _models(model, num)

@@ -334,6 +334,13 @@ def _compiles() -> bool:
   return any(map(shutil.which, names))
 
 
+def configure(threads: int, device: str) -> None:
+  """Sets threads, and how float32 is multiplied: on a GPU as JAX does it."""
+  torch.set_num_threads(threads)
+  if device == 'cuda':
+    torch.set_float32_matmul_precision('high')
+
+
 def load(
   *,
   model: str,
@@ -360,9 +367,7 @@ def load(
   Returns:
     The step.
   """
-  torch.set_num_threads(threads)
-  # As JAX multiplies float32 on a GPU; the same as ever on a CPU.
-  torch.set_float32_matmul_precision('high')
+  configure(threads, device)
   compiles, side = _compiles(), problem.SIZES[model]['image_size']
   merged = Model(model, num, compute, device)
   compile_fn = functools.partial(torch.compile, fullgraph=True, dynamic=False)
