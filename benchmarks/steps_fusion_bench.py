@@ -22,7 +22,6 @@ from fusion_bench.method.adamerging.clip_layer_wise_adamerging import (
 from fusion_bench.method.concrete_subspace import clip_concrete_adamerging
 from fusion_bench.method.concrete_subspace import clip_safe_concrete_adamerging
 from fusion_bench.modelpool import BaseModelPool
-import lightning
 import numpy as np
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -247,12 +246,13 @@ def _algorithm(
 ) -> Any:
   """Makes an algorithm that needs neither the hub, nor data, nor a logger."""
   make, options, _ = METHODS[method]
-  algorithm = make(OmegaConf.create(options))
-  algorithm._fabric_instance = lightning.Fabric(
-    accelerator=device,
-    devices=1,
-    precision='bf16-mixed' if compute == 'bfloat16' else '32-true',
-  )
+  fabric = {
+    '_target_': 'lightning.Fabric',
+    'accelerator': device,
+    'devices': 1,
+    'precision': 'bf16-mixed' if compute == 'bfloat16' else '32-true',
+  }
+  algorithm = make(OmegaConf.create({**options, 'fabric': fabric}))
   algorithm.log_hyperparams = lambda *args, **options: None
   algorithm.print_profile_summary = lambda *args: None
   heads = torch.from_numpy(problem.heads(model, num)).to(device)

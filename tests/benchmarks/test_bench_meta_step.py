@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bench_meta_step
 from benchmarks import records
 from benchmarks import runs
 from benchmarks import step_counts as counts
 from benchmarks import step_problem as problem
+from benchmarks import step_runs
 from benchmarks import steps_ours
 import dam_jax as dj
 from dam_jax.models import clip
@@ -147,7 +147,7 @@ def test_phases_end_with_the_whole_step():
     name: [{'seconds': x}]
     for name, x in zip(parts, (1.0, 3.0, 7.0), strict=True)
   }
-  assert bench_meta_step.phase_seconds({'until': until}) == {
+  assert step_runs.phase_seconds({'until': until}) == {
     'inner': 1.0,
     'perturbation': 2.0,
     'masks': 4.0,
@@ -160,7 +160,7 @@ def test_figures_are_shares_of_what_the_machine_does():
     'machine': {'flops': 100.0, 'bytes': 10.0},
     'ours': [{'seconds': 2.0}],
   }
-  found = bench_meta_step.figures(row, 'ours')
+  found = step_runs.figures(row, 'ours')
   assert found == pytest.approx({'mfu': 0.2, 'roofline': 0.5})
 
 
@@ -173,7 +173,7 @@ def test_differences_are_relative():
 
 def test_a_peer_is_left_out_for_a_reason():
   row = {'method': 'dam_paper', 'platform': 'tpu'}
-  missing = bench_meta_step._missing
+  missing = step_runs.missing
   assert missing('torch', '', row) == 'no --torch_python'
   assert missing('torch', 'python', row) == 'not on tpu'
   assert missing('fusion_bench', 'python', row) == 'no dam_paper'
@@ -206,7 +206,15 @@ def test_a_step_is_measured_and_written(tmp_path):
     'torch': 'no --torch_python',
     'fusion_bench': 'no --fusion_bench_python',
   }
-  assert not math.isnan(bench_meta_step.figures(row, 'ours')['mfu'])
+  assert not math.isnan(step_runs.figures(row, 'ours')['mfu'])
+
+
+def test_a_case_that_fails_is_written_and_named(tmp_path):
+  out = tmp_path / 'found.jsonl'
+  with pytest.raises(subprocess.CalledProcessError):
+    measure('tea', out)
+  [row] = records.read(str(out), 'meta_step')
+  assert "unknown methods ['tea']" in row['failed']
 
 
 @pytest.mark.parametrize(
