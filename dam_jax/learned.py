@@ -378,8 +378,7 @@ def dam_robust(
       on each expert alone. They stay, and copies of patches follow the merge.
     safety_weight: of the loss on images with patches and warps.
     shun_weight: in that loss, of keeping images from classes that seeds shun.
-    steps: of the masks, after those in which patches move alone: by default 300
-      in all.
+    steps: of the masks, after those of patches alone: by default 300 in all.
     preprocess_fn: from images in [0, 1] to what `logits_fn` reads.
 
   Returns:
