@@ -110,7 +110,7 @@ def main(argv):
   if _QUICK.value:
     runs.set_defaults(
       models=['nano'],
-      methods=['dam_paper', 'dam_released'],
+      methods=['concrete_layer_wise', 'dam_released'],
       experts=['2'],
       batch=4,
       repeats=5,
