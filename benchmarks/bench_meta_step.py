@@ -150,7 +150,7 @@ def main(argv):
         phases=_PHASES.value,
       )
     except RuntimeError as e:
-      row = {**options, 'failed': str(e)}
+      row = {**options, 'experts': num, 'failed': str(e)}
       failed.append(row)
       console.print(f'{model}, {method}, {num} experts: {e}', markup=False)
     else:
