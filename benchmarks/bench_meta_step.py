@@ -1,154 +1,166 @@
-"""Seconds a step of each learned merge, beside a plain pass of the tower.
+"""Time, memory and operations of a step of each learned merge, beside peers.
 
   python -m benchmarks.bench_meta_step --methods=dam_robust,dam_released
+  python -m benchmarks.bench_meta_step --models=pool,vit_b32 --experts=2,6 \
+    --torch_python=$(which python) --fusion_bench_python=$(which python)
 
-On random weights of the pool's tower (192 wide, 8 layers, 65 tokens), six
-experts, 16 images a task. `passes` is how many times one forward and backward
-pass over one draw of images, measured in the same run, fits into a step: a
-number that travels better between machines than seconds.
+On random towers, experts and images that all programs draw alike
+(`step_problem.py`), each program in a process of its own: our step, a step that
+torch compiles (`steps_torch.py`), and FusionBench's classes
+(`steps_fusion_bench.py`). Losses and gradients of the first step are compared,
+then the programs take turns. Parameters, masks and optimisers are float32;
+`--compute` is what the forward and backward passes compute in.
 """
 
-import json
-import platform
-import time
+from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import math
+import os
+import statistics
+import sys
+from typing import Any
 
 from absl import app
 from absl import flags
-import jax
-import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from configs import pool
-import dam_jax as dj
-from dam_jax import checkpoint
-from dam_jax.models import clip
-from dam_jax.models import inputs
-from experiments import learn
-from experiments import methods
+from benchmarks import records
+from benchmarks import runs
+from benchmarks import step_problem as problem
+from benchmarks import step_runs
 
-_METHODS = flags.DEFINE_string('methods', 'learned', 'names with commas')
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'steps to time')
-_JSON = flags.DEFINE_string('json', '', 'file to append one line to')
-
-CONFIG = clip.VisionConfig(
-  hidden_size=192,
-  intermediate_size=768,
-  num_hidden_layers=8,
-  num_attention_heads=3,
-  image_size=32,
-  patch_size=4,
-  projection_dim=384,
+_MODELS = flags.DEFINE_list('models', 'pool', ', '.join(problem.SIZES))
+_METHODS = flags.DEFINE_list(
+  'methods',
+  'adamerging_layer_wise,concrete_layer_wise,dam_paper,dam_released,dam_robust',
+  'learned ones of experiments.methods',
 )
-EXPERTS, BATCH, CLASSES = 6, 16, 100
-OPTIONS = pool.get_config().compiler_options
+_EXPERTS = flags.DEFINE_list('experts', '6', 'numbers of experts')
+_BATCH = flags.DEFINE_integer(
+  'batch', 16, 'images a task and draw; dam_robust has a number of its own'
+)
+_COMPUTE = flags.DEFINE_list('compute', 'float32', 'float32, bfloat16')
+_PEERS = {
+  'torch': flags.DEFINE_string(
+    'torch_python', '', 'a Python that has torch and transformers'
+  ),
+  'fusion_bench': flags.DEFINE_string(
+    'fusion_bench_python', '', 'a Python that has fusion-bench'
+  ),
+}
+_PHASES = flags.DEFINE_bool('phases', True, 'time the phases of ours apart')
+_THREADS = flags.DEFINE_integer('threads', 0, 'of all; 0: one for each core')
+_REPEATS = flags.DEFINE_integer('repeats', 7, 'steps of each at most')
+_SECONDS = flags.DEFINE_float('seconds', 60, 'after which a row stops')
+_QUICK = flags.DEFINE_bool('quick', False, 'two methods on a tiny tower')
+_OUT = flags.DEFINE_string('out', '', 'file to append a line a row to')
 
 
-def _seconds(fn, repeats):
-  """Returns the least of some wall-clock times of a function."""
-  times = []
-  for _ in range(repeats):
-    begin = time.perf_counter()
-    jax.block_until_ready(fn())
-    times.append(time.perf_counter() - begin)
-  return min(times)
-
-
-def _problem():
-  """Returns base and experts, raveled, and what methods take of a model."""
-  tower = clip.VisionTower(CONFIG)
-  pixels = jnp.zeros((1, *CONFIG.image_shape))
-  base = tower.init(jax.random.key(0), pixels)['params']
-  keys = jax.random.split(jax.random.key(1), EXPERTS)
-  noise = jax.vmap(
-    lambda key: jax.tree.map(
-      lambda x: 1e-2 * jax.random.normal(key, x.shape), base
+def _cells(row: Mapping[str, Any]) -> Iterator[list[str]]:
+  """Yields the cells of each program of a row."""
+  for name in ('ours', *_PEERS):
+    if name not in row:
+      continue
+    seconds = [x['seconds'] for x in row[name]]
+    about = row if name == 'ours' else row[f'{name}_about']
+    found, first = step_runs.figures(row, name), row['first'][name]
+    peak = row['memory'][name] or first['peak']
+    error = row.get(f'{name}_difference', {'': math.nan})
+    phases = (
+      step_runs.phase_seconds(row) if name == 'ours' and 'until' in row else {}
     )
-  )(keys)
-  experts = jax.tree.map(lambda b, n: b[None] + n, base, noise)
-  heads = clip.stack_heads(
-    list(jax.random.normal(keys[0], (EXPERTS, CONFIG.projection_dim, CLASSES)))
+    compiled = about['compile']
+    middle = step_runs.median(row[name])
+    ratio = middle / step_runs.median(row['ours'])
+    yield [
+      row['model'],
+      row['method'],
+      str(row['experts']),
+      row['compute'],
+      name,
+      '-' if compiled is None else f'{compiled:.1f}',
+      f'{first["seconds"]:.3g}',
+      f'{middle:.3g} ({min(seconds):.3g}-{max(seconds):.3g})',
+      f'{statistics.median(x["cpu"] for x in row[name]):.3g}',
+      f'{ratio:.2f}',
+      f'{peak / 1e6:.0f}',
+      f'{found["mfu"]:.0%}',
+      f'{found["roofline"]:.0%}',
+      ' + '.join(f'{x:.3g}' for x in phases.values()) or '-',
+      '-' if name == 'ours' else f'{max(error.values()):.0e}',
+    ]
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+  table = Table(
+    *('model', 'method', 'K', 'compute', '', 'compile, s', 'first, s'),
+    *('step, s', 'CPU, s', 'of ours', 'peak, MB', 'MFU', 'roofline'),
+    *('phases, s', 'error'),
   )
-
-  def features_fn(params, pixels):
-    return jnp.asarray(tower.apply({'params': params}, pixels))
-
-  model = {
-    'logits_fn': clip.zero_shot(features_fn, heads),
-    'task_logits_fn': clip.zero_shot_task(features_fn, heads),
-    'inputs_fn': inputs.dense_inputs(tower),
-    'levels': inputs.levels(CONFIG),
-  }
-  return dj.tree.ravel(base), dj.tree.ravel(experts, leading=1), model
-
-
-def _batch(phases, batch):
-  shape = (phases, EXPERTS, batch)
-  images = jax.random.uniform(jax.random.key(2), (*shape, *CONFIG.image_shape))
-  return dj.Batch(images, jnp.full((*shape, CLASSES), 1 / CLASSES))
-
-
-def measure(name, repeats, base, experts, model):
-  """Returns seconds to compile and a step of one method, all phases on."""
-  chosen = methods.resolve([name], {}, steps=1000, batch=BATCH)[name]
-  merger = methods.build(
-    name,
-    chosen,
-    **model,
-    preprocess_fn=clip.normalize,
-    image_shape=CONFIG.image_shape,
-  )
-  state = merger.init(jax.random.key(3), base, experts)
-  if name.startswith('dam_robust'):
-    state = state._replace(count=jnp.full_like(state.count, 500))
-  batch = _batch(merger.plan.phases, chosen['batch'])
-  begin = time.perf_counter()
-  lowered = jax.jit(merger.step).lower(state, base, experts, batch)
-  step = learn.compile_lowered(lowered, OPTIONS)
-  compiled = time.perf_counter() - begin
-  jax.block_until_ready(step(state, base, experts, batch))
-  seconds = _seconds(lambda: step(state, base, experts, batch), repeats)
-  return {'compile': compiled, 'step': seconds}
+  for row in rows:
+    for cells in _cells(row):
+      table.add_row(*cells)
+  return table
 
 
 def main(argv):
   """Measures and prints."""
   del argv
-  base, experts, model = _problem()
-  logits_fn = model['logits_fn']
-  images = _batch(1, BATCH).images[0]
-
-  @jax.jit
-  def plain(params):
-    return jax.grad(lambda p: jnp.sum(dj.losses.entropy(logits_fn(p, images))))(
-      params
+  if _QUICK.value:
+    runs.set_defaults(
+      models=['nano'],
+      methods=['concrete_layer_wise', 'dam_released'],
+      experts=['2'],
+      batch=4,
+      repeats=5,
+      seconds=10.0,
     )
-
-  params = base.unravel()
-  plain = learn.compile_lowered(plain.lower(params), OPTIONS)
-  jax.block_until_ready(plain(params))
-  one = _seconds(lambda: plain(params), _REPEATS.value)
-  table = Table('method', 'compile, s', 'step, s', 'passes')
-  found = {}
-  for name in methods.parse(_METHODS.value, EXPERTS):
-    found[name] = measure(name, _REPEATS.value, base, experts, model)
-    table.add_row(
-      name,
-      f'{found[name]["compile"]:.1f}',
-      f'{found[name]["step"]:.2f}',
-      f'{found[name]["step"] / one:.1f}',
-    )
-  Console().print(table, f'one pass: {one:.2f} s')
-  if _JSON.value:
-    record = {
-      'pass': one,
-      'methods': found,
-      'device': jax.devices()[0].device_kind,
-      'machine': platform.processor() or platform.machine(),
-      'versions': checkpoint.versions(),
+  unknown = [x for x in _MODELS.value if x not in problem.SIZES]
+  unknown += [x for x in _COMPUTE.value if x not in ('float32', 'bfloat16')]
+  if unknown:
+    raise app.UsageError(f'unknown: {", ".join(unknown)}')
+  cores = sorted(os.sched_getaffinity(0))
+  threads = _THREADS.value or len(cores)
+  # Whatever is started from here on has no more.
+  os.sched_setaffinity(0, cores[:threads])
+  console = Console(width=None if sys.stdout.isatty() else 200)
+  peers = {name: flag.value for name, flag in _PEERS.items()}
+  rows, failed = [], []
+  cases = itertools.product(
+    _MODELS.value, _COMPUTE.value, map(int, _EXPERTS.value), _METHODS.value
+  )
+  for model, compute, num, method in cases:
+    options = {
+      'model': model,
+      'method': method,
+      'num': num,
+      'batch': _BATCH.value,
+      'compute': compute,
+      'threads': threads,
     }
-    with open(_JSON.value, 'a', encoding='utf-8') as file:
-      file.write(json.dumps(record) + '\n')
+    load = os.getloadavg()[0]
+    # A case that is too large, or differs, must not take the others with it.
+    try:
+      row = step_runs.measure(
+        options,
+        peers,
+        repeats=_REPEATS.value,
+        seconds=_SECONDS.value,
+        phases=_PHASES.value,
+      )
+    except RuntimeError as e:
+      row = {**options, 'experts': num, 'failed': str(e)}
+      failed.append(row)
+      console.print(f'{model}, {method}, {num} experts: {e}', markup=False)
+    else:
+      rows.append(row)
+      for name, why in row['left_out'].items():
+        console.print(f'{model}, {method}: {name} is left out, {why}')
+    records.append(_OUT.value, 'meta_step', [{**row, 'load': load}])
+  console.print(_table(rows), f'{threads} threads')
+  if failed:
+    sys.exit(1)
 
 
 if __name__ == '__main__':

@@ -27,8 +27,23 @@ def expert_paths(folder: Path, num: int) -> list[Path]:
   return [folder / f'expert_{k}.safetensors' for k in range(num)]
 
 
-def tower_shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
-  """Returns names and shapes of CLIP's image tower, patches of 32 pixels."""
+def tower_shapes(
+  width: int,
+  layers: int,
+  *,
+  patch: int = 32,
+  tokens: int = 50,
+  projection: int = 0,
+) -> dict[str, tuple[int, ...]]:
+  """Returns names and shapes of CLIP's image tower, by default ViT-B/32's.
+
+  Args:
+    width: of the residual stream.
+    layers: number of blocks.
+    patch: side of the patches, in pixels.
+    tokens: patches of an image and the class token.
+    projection: size of the features; 0 is two thirds of the width.
+  """
   linear = {
     **{f'self_attn.{x}_proj': (width, width) for x in 'kvq'},
     'self_attn.out_proj': (width, width),
@@ -38,8 +53,8 @@ def tower_shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
   norm = {'weight': (width,), 'bias': (width,)}
   top, shapes = 'vision_model', {}
   shapes[f'{top}.embeddings.class_embedding'] = (width,)
-  shapes[f'{top}.embeddings.patch_embedding.weight'] = (width, 3, 32, 32)
-  shapes[f'{top}.embeddings.position_embedding.weight'] = (50, width)
+  shapes[f'{top}.embeddings.patch_embedding.weight'] = (width, 3, patch, patch)
+  shapes[f'{top}.embeddings.position_embedding.weight'] = (tokens, width)
   norms = [f'{top}.pre_layrnorm', f'{top}.post_layernorm']
   for i in range(layers):
     layer = f'{top}.encoder.layers.{i}'
@@ -49,7 +64,7 @@ def tower_shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
     norms += [f'{layer}.layer_norm1', f'{layer}.layer_norm2']
   for name in norms:
     shapes |= {f'{name}.{last}': shape for last, shape in norm.items()}
-  shapes['visual_projection.weight'] = (width * 2 // 3, width)
+  shapes['visual_projection.weight'] = (projection or width * 2 // 3, width)
   return shapes
 
 

@@ -14,6 +14,7 @@ from outside.
 """
 
 from collections.abc import Iterator
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -110,6 +111,18 @@ def _without_dtype(merged_model, *args, layer_vector_dtype, **options):
   return merged_model(*args, **options)
 
 
+@contextlib.contextmanager
+def mended() -> Iterator[None]:
+  """Lets the released class run, but for the size of its perturbations."""
+  module = clip_safe_concrete_adamerging
+  merged_model = functools.partial(_without_dtype, module.LayerWiseMergedModel)
+  with (
+    mock.patch.object(module, 'config', {}, create=True),
+    mock.patch.object(module, 'LayerWiseMergedModel', merged_model),
+  ):
+    yield
+
+
 def merge(pool: Path, job: dict) -> dict[str, torch.Tensor]:
   """Runs the algorithm and returns the merged model by Hugging Face's names."""
   folder = pool / 'checkpoints'
@@ -134,12 +147,7 @@ def merge(pool: Path, job: dict) -> dict[str, torch.Tensor]:
       'save_interval': sys.maxsize,
     }
   )
-  module = clip_safe_concrete_adamerging
-  mended = functools.partial(_without_dtype, module.LayerWiseMergedModel)
-  with (
-    mock.patch.object(module, 'config', {}, create=True),
-    mock.patch.object(module, 'LayerWiseMergedModel', mended),
-  ):
+  with mended():
     merged = Released(options, pool, projection).run(BaseModelPool(models))
   base.vision_model.load_state_dict(merged.state_dict())
   return base.state_dict()

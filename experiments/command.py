@@ -32,7 +32,7 @@ Run = Callable[[config_dict.ConfigDict, pathlib.Path, Console], Any]
 _TRITON = '--xla_gpu_enable_triton_gemm'
 
 
-def _spare_gpus() -> None:
+def spare_gpus() -> None:
   """Has XLA leave matrix products on GPUs to cuBLAS, unless told otherwise.
 
   XLA of jaxlib 0.11.2 aborts in `triton_tiling_propagation.cc` where it fuses
@@ -96,7 +96,7 @@ def start(run: Run, example: str, *, hosts: bool = False) -> None:
     if len(argv) > 1:
       raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
     logging.set_verbosity(logging.WARNING)
-    _spare_gpus()
+    spare_gpus()
     if _CONFIG.value is None:
       raise app.UsageError(f'--config is missing, such as {example}')
     try:

@@ -19,7 +19,7 @@ from experiments import command
 )
 def test_triton_is_off_unless_a_user_says_otherwise(monkeypatch, given, wanted):
   monkeypatch.setenv('XLA_FLAGS', given)
-  command._spare_gpus()
+  command.spare_gpus()
   assert os.environ['XLA_FLAGS'] == wanted
 
 
