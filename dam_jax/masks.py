@@ -246,30 +246,45 @@ def masked_sum(
   Returns:
     `[P]`.
   """
-  num = deltas.shape[0]
+  num, rows = deltas.shape[0], layout.shape[:-1]
   if coefficients.ndim == 1:
     coefficients = coefficients[:, None]
   scale = jnp.broadcast_to(coefficients, (num, len(layout.names)))
-  shared, own = [], []
+  shared, own, shared_scale = [], [], None
   for name, m in values.items():
-    scale *= jnp.atleast_2d(leaf_scale(masks[name], m, layout))
-    (own if masks[name].per_task else shared).append(m)
+    each = leaf_scale(masks[name], m, layout)
+    if masks[name].per_task:
+      own.append(m)
+      scale *= each
+    else:
+      shared.append(m)
+      shared_scale = each if shared_scale is None else shared_scale * each
   deltas = functools.reduce(jnp.multiply, own, deltas)
-  sums, start, rows = [], 0, layout.shape[:-1]
+  sums, start = [], 0
   for group in layout.by_leaf(deltas):
-    s = scale[:, start : start + group.shape[-2]]
-    s = s.reshape(num, *(1 for _ in rows), -1, 1)
-    if rows:
-      # Gradients are to be summed on each device first, as in `leaf_means`.
-      s = lax.optimization_barrier(
-        jnp.broadcast_to(s, (num, *group.shape[-3:-1], 1))
-      )
-    start += group.shape[-2]
+    leaves = slice(start, start + group.shape[-2])
+    start = leaves.stop
+    s = _spread(scale[:, leaves], rows)
     # A sum over a stacked axis is up to 40 times slower in XLA on a CPU.
-    terms = [s[k] * group[k] for k in range(num)]
-    sums.append(functools.reduce(jnp.add, terms).reshape(*rows, -1))
-  total = jnp.concatenate(sums, axis=-1)
-  return functools.reduce(jnp.multiply, shared, total)
+    total = functools.reduce(jnp.add, [s[k] * group[k] for k in range(num)])
+    if shared_scale is not None:
+      # After the sum, which so is the same for all masks, and whose gradient in
+      # the masks asks for no task vectors.
+      total *= _spread(shared_scale[leaves], rows)
+    sums.append(total.reshape(*rows, -1))
+  return functools.reduce(jnp.multiply, shared, jnp.concatenate(sums, axis=-1))
+
+
+def _spread(scale: jax.Array, rows: tuple[int, ...]) -> jax.Array:
+  """Gives `[..., leaves]` the axes of a group of leaves: shards and entries."""
+  *lead, leaves = scale.shape
+  scale = scale.reshape(*lead, *(1 for _ in rows), leaves, 1)
+  if not rows:
+    return scale
+  # Gradients are to be summed on each device first, as in `leaf_means`.
+  return lax.optimization_barrier(
+    jnp.broadcast_to(scale, (*lead, *rows, leaves, 1))
+  )
 
 
 def sparsity(logits: jax.Array, layout: Layout) -> dict[str, jax.Array]:

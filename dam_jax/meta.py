@@ -377,12 +377,14 @@ class _Engine:
         return outer(self._combine(model, w, values))
 
       moved = {name: state.masks[name] for name in names}
+      # The gradient in the coefficients reads all task vectors once more.
+      argnums = (0, 1) if c.reads_leak else (0,)
       grads, each = self._mean(
-        jax.grad(objective, argnums=(0, 1), has_aux=True)(moved, coefficients)
+        jax.grad(objective, argnums=argnums, has_aux=True)(moved, coefficients)
       )
       norm = optax.tree.norm(grads)
       measured.update(each, **{f'{"+".join(names)}/grad_norm': norm})
-      leak += grads[1]
+      leak = functools.reduce(jnp.add, grads[1:], leak)
       logits, states = dict(state.masks), dict(state.mask_states)
       for name in names:
         updates, states[name] = r.masks[name].tx.update(

@@ -69,6 +69,11 @@ class Coefficients:
     _one_of('granularity', self.granularity, GRANULARITIES)
     _one_of('inner_gradient', self.inner_gradient, ('first_order', 'exact'))
 
+  @property
+  def reads_leak(self) -> bool:
+    """Whether an update of masks is asked for its gradient in them too."""
+    return self.leak or self.leak_last or self.joint_tx is not None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shared:
