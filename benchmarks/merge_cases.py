@@ -33,13 +33,14 @@ CHOSEN = {
 TOLERANCE = 2e-5
 """Of the norm of a difference by that of the peer's task vector."""
 LOOSER = {
-  **dict.fromkeys(('breadcrumbs', 'sce', 'ties'), 2e-3),
-  **dict.fromkeys(('iso_c', 'iso_cts', 'knots', 'tsv_m', 'wudi'), 1e-3),
+  **dict.fromkeys(('breadcrumbs', 'consensus', 'sce', 'ties'), 2e-3),
+  **dict.fromkeys(('iso_c', 'iso_cts', 'tsv_m', 'wudi'), 1e-3),
+  'knots': 1e-2,
   **dict.fromkeys(('karcher', 'model_stock', 'slerp'), 1e-3),
 }
-"""The same where entries of equal magnitude, or singular vectors of values that
-are close, may go either way, and where angles between whole models count, of
-which task vectors are a small part."""
+"""The same where entries near a threshold, or singular vectors of values that are
+close, may go either way (in KnOTS both), and where angles between whole models
+count, of which task vectors are a small part."""
 
 
 @dataclasses.dataclass(frozen=True)
