@@ -38,9 +38,9 @@ LOOSER = {
   'knots': 1e-2,
   **dict.fromkeys(('karcher', 'model_stock', 'slerp'), 1e-3),
 }
-"""The same where entries near a threshold, or singular vectors of values that are
-close, may go either way (in KnOTS both), and where angles between whole models
-count, of which task vectors are a small part."""
+"""The same where entries near a threshold, or singular vectors of values that
+are close, may go either way (in KnOTS both), and where angles between whole
+models count, of which task vectors are a small part."""
 
 
 @dataclasses.dataclass(frozen=True)

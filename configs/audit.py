@@ -11,8 +11,10 @@ configs/nano_pool.py, where five clean ones got 0.3 to 0.5:
   0.90  MergeBackdoor 3/4; the fourth one's is named with three of four keys
 
 with the share of uploads whose target was named; over all of them 0.956, and
-0.82 by patches alone. An older search, of one patch a class in three rounds,
-got 0.91 over 46 bad ones:
+0.82 by patches alone. With the key that merges use, clean ones get 0.1, 0.1,
+0.3, 0.8 and 1.2, six uploads of BadMerging 2.9 to 5.7, and six of BadNets, of
+which one's target is not named, 0.4 to 1.4: an area of 0.90. An older
+search, of one patch a class in three rounds, got 0.91 over 46 bad ones:
 
   1.00  BadMerging 6/6, Blended 6/6, LoBAM 6/6, LoRA 2/2, MergeBackdoor 2/2,
         adaptive attacker 2/2
