@@ -52,7 +52,7 @@ def test_devices_merge_as_one_does():
 
 def test_a_step_goes_on_from_the_one_before():
   job = scaling_runs.load(
-    **{'what': 'step', 'method': 'dam_paper', 'experts': 2},
+    **{'what': 'step', 'method': 'adamerging_layer_wise', 'experts': 2},
     **{'devices': 1, 'size': STEP},
   )
   found = []
