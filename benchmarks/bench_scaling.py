@@ -166,6 +166,7 @@ def main(argv):
       **{'image': 16, 'batch': 4, 'experts': ['2', '3', '4']},
       **{'fixed_experts': 2, 'repeats': 9, 'seconds': 5.0},
       merges=['ties'],
+      steps=['dam_paper'],
     )
   load, rows = os.getloadavg(), []
   for row in measure_all():
