@@ -7,7 +7,6 @@ import json
 import os
 from pathlib import Path
 import shutil
-import subprocess
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +15,8 @@ import numpy as np
 import optax
 
 from benchmarks import parity_cases
+from benchmarks import runs
 from benchmarks.parity_cases import Case
-from benchmarks.runs import ROOT
 import dam_jax as dj
 from dam_jax import checkpoint
 
@@ -182,17 +181,8 @@ def run_peer(
     raise ValueError(f'{name}: no such program: {python}')
   folder = folder.resolve()
   (folder / f'{name}.jobs.json').write_text(json.dumps(jobs))
-  done = subprocess.run(
-    [os.path.abspath(found), '-m', f'benchmarks.peer_{name}', folder, name],
-    cwd=folder,
-    env={**os.environ, 'PYTHONPATH': str(ROOT)},
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    check=False,
-  )
-  if done.returncode:
-    raise RuntimeError(f'{name} failed in {python}:\n{done.stdout[-4000:]}')
+  python = os.path.abspath(found)
+  runs.check_module(name, python, f'peer_{name}', folder, name, cwd=folder)
   return json.loads((folder / f'{name}.versions.json').read_text())
 
 

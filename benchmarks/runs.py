@@ -102,6 +102,34 @@ def alternate(
   return found
 
 
+def check_module(
+  name: str, python: str, module: str, *args: Any, cwd: Path | None = None
+) -> None:
+  """Runs a module of this folder in an environment of its own.
+
+  Args:
+    name: of the peer.
+    python: that has it.
+    module: to run.
+    *args: of it.
+    cwd: where to run it.
+
+  Raises:
+    RuntimeError: where it fails, with the end of what it printed.
+  """
+  done = subprocess.run(
+    [python, '-m', f'benchmarks.{module}', *map(str, args)],
+    cwd=cwd,
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+    check=False,
+  )
+  if done.returncode:
+    raise RuntimeError(f'{name} failed in {python}:\n{done.stdout[-4000:]}')
+
+
 def run_command(argv: Sequence[str], log: Path) -> dict[str, float]:
   """Runs a command; returns its wall and CPU seconds and peak of memory."""
   with log.open('w') as file:

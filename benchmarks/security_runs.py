@@ -2,9 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import json
-import os
 from pathlib import Path
-import subprocess
 
 from ml_collections import config_dict
 import numpy as np
@@ -13,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.numpy import save_file
 
+from benchmarks import runs
 from dam_jax import checkpoint
 from dam_jax import evaluate
 from dam_jax.models import convert
@@ -20,7 +19,6 @@ from experiments import load
 from experiments import measure
 from experiments import merge
 
-ROOT = Path(__file__).parents[1]
 PROJECTION = 'visual_projection.weight'
 OURS = 'dam_released'
 
@@ -93,19 +91,13 @@ def theirs(
       'out': str(partial.resolve()),
     }
     checkpoint.write(folder / 'job.json', json.dumps(job, indent=2))
-    done = subprocess.run(
-      [
-        *(python, '-m', 'benchmarks.security_fusion_bench'),
-        *(str(Path(config.pool).resolve()), str(folder / 'job.json')),
-      ],
-      env={**os.environ, 'PYTHONPATH': str(ROOT)},
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-      check=False,
+    runs.check_module(
+      'FusionBench',
+      python,
+      'security_fusion_bench',
+      Path(config.pool).resolve(),
+      folder / 'job.json',
     )
-    if done.returncode:
-      raise RuntimeError(f'FusionBench failed:\n{done.stdout[-4000:]}')
     partial.replace(out)
   with safe_open(out, 'numpy') as file:
     seconds = float(file.metadata()['seconds'])

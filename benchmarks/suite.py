@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks import suite_runs
 
-_QUICK = flags.DEFINE_bool('quick', False, 'each under five minutes')
+_QUICK = flags.DEFINE_bool('quick', False, 'each of small towers, for minutes')
 _OUT = flags.DEFINE_string('out', '', 'file to append a line a row to')
 _POOL = flags.DEFINE_string('pool', '', 'folder of a pool')
 _FUSION_BENCH = flags.DEFINE_string(
