@@ -71,7 +71,7 @@ class Coefficients:
 
   @property
   def reads_leak(self) -> bool:
-    """Whether an update of masks is asked for its gradient in them too."""
+    """Whether anything reads the gradient that masks leave in them."""
     return self.leak or self.leak_last or self.joint_tx is not None
 
 

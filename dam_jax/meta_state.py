@@ -21,7 +21,7 @@ class MetaState(NamedTuple):
     joint_state: of the one that learns them together with the masks.
     coefficient_state: of the one that learns them after the masks.
     leak: like the coefficients, the gradient that the last step of the masks
-      left in them.
+      left in them; zero where nothing reads it.
     masks: logits `[P]` or `[K, P]` by name.
     mask_states: their optimisers', by name.
     adversary: leaves `[restarts, T, ...]`, or None.

@@ -266,8 +266,8 @@ def resolve(
       Masks and coefficients share them as they do by default; ascents before
       the first step of masks (`warmup_ascents`) take a quarter of them at most.
       An informed method takes its own default in each pass, or as many as these
-      where they are fewer.
-      So do the loops of a repair; rounds over all images are made fewer.
+      where they are fewer. So do the loops of a repair; rounds over all images
+      are made fewer.
     batch: images a task and draw.
     images: of each task, that a repair may read.
 
@@ -338,12 +338,9 @@ def _unknown(
 
 def _split(name: str, steps: int, chosen: Mapping[str, Any]) -> dict[str, int]:
   if 'warmup_ascents' in chosen:
-    alone = -(-chosen['warmup_ascents'] // chosen['ascents'])
-    alone = min(alone, steps // 4)
-    return {
-      'steps': steps - alone,
-      'warmup_ascents': alone * chosen['ascents'],
-    }
+    ascents = max(chosen['ascents'], 1)  # the method refuses fewer
+    alone = min(-(-chosen['warmup_ascents'] // ascents), steps // 4)
+    return {'steps': steps - alone, 'warmup_ascents': alone * ascents}
   if 'coefficient_steps' not in chosen:
     return {'steps': steps}
   if name.endswith('task_arithmetic'):

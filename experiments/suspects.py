@@ -200,7 +200,7 @@ class _Search:
     params: Any,
     hashes: Sequence[str],
     areas: tuple[float, ...],
-    scouts: int = 2,
+    scouts: int = audit.Inverter.scouts,
   ) -> Finding[SoftPatch]:
     """Searches, unless it was done before.
 
