@@ -56,8 +56,7 @@ def _against(
     )
   axes.set_xlabel(f'number of {key}')
   axes.set_ylabel('seconds' if of == 'seconds' else 'memory, MB')
-  axes.set_ylim(0, None)
-  axes.margins(y=0.1)
+  axes.set_ylim(0, 1.1 * axes.dataLim.ymax)
   axes.set_xticks(sorted({r[key] for r in rows}))
 
 
@@ -87,41 +86,33 @@ def scaling(rows: Sequence[Row]) -> bytes:
     return png(figure)
 
 
-def bars(
-  values: Mapping[str, Mapping[str, float]], label: str, log: bool = True
-) -> bytes:
-  """Draws bars of some programs for each case.
+def dots(values: Mapping[str, Mapping[str, float]], label: str) -> bytes:
+  """Draws a dot of each program for each case, on a logarithmic axis.
 
   Args:
     values: by case and program.
     label: of the values.
-    log: whether the axis is logarithmic.
   """
   programs = list(dict.fromkeys(p for case in values.values() for p in case))
-  height = 0.8 / max(1, len(programs))
   others = iter(TASK_COLOURS)
   with matplotlib.rc_context(STYLE):
-    size = (7.4, 0.8 + 0.16 * len(values) * (1 + len(programs)))
+    size = (7.4, 1.2 + 0.24 * len(values))
     figure = Figure(figsize=size, layout='constrained')
     axes = figure.subplots()
-    for i, program in enumerate(programs):
+    for program in programs:
       at = [k for k, case in enumerate(values.values()) if program in case]
-      axes.barh(
-        [k + i * height for k in at],
+      axes.plot(
         [list(values.values())[k][program] for k in at],
-        height,
+        at,
+        'o',
         color=PROGRAMS.get(program) or next(others),
         label=program,
       )
-    axes.set_yticks(
-      [k + (len(programs) - 1) * height / 2 for k in range(len(values))],
-      list(values),
-    )
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xscale('log')
     axes.set_xlabel(label)
-    if log:
-      axes.set_xscale('log')
-    axes.legend()
+    figure.legend(loc='outside upper right', ncols=len(programs))
     return png(figure)
 
 
@@ -142,7 +133,7 @@ def merges(rows: Sequence[Row], part: str) -> bytes:
         *((p, x['runs']) for p, x in row.get('peers', {}).items()),
       ):
         case[program] = min(median(times), case.get(program, np.inf))
-  return bars(found, 'seconds')
+  return dots(found, 'seconds')
 
 
 def checkpoints(rows: Sequence[Row]) -> bytes:
@@ -156,7 +147,7 @@ def checkpoints(rows: Sequence[Row]) -> bytes:
     cache = 'pages dropped' if row.get('cache') == 'dropped' else 'as they are'
     case = f'{row["kind"]}, {row["direction"]}'
     found.setdefault(case, {})[cache] = row['bytes'] / 1e9 / median(row['runs'])
-  return bars(found, 'GB/s')
+  return dots(found, 'GB/s')
 
 
 def step_programs(row: Row) -> list[dict[str, Any]]:
@@ -205,4 +196,4 @@ def steps(rows: Sequence[Row]) -> bytes:
     name = ', '.join(str(x) for x in words if x)
     case = found.setdefault(f'{name}, K = {row.get("experts", "?")}', {})
     case[row['program']] = median(row['seconds'])
-  return bars(found, 'seconds a step')
+  return dots(found, 'seconds a step')
