@@ -21,6 +21,7 @@ from benchmarks.worker import Job
 from configs import pool
 import dam_jax as dj
 from dam_jax import checkpoint
+from dam_jax import masks as masks_lib
 from dam_jax import meta
 from dam_jax.layout import Layout
 from dam_jax.meta_spec import MetaSpec
@@ -158,12 +159,17 @@ class Learner(NamedTuple):
 
 
 def make_learner(
-  model: str, method: str, num: int, batch: int, compute: str
+  model: str,
+  method: str,
+  num: int,
+  batch: int,
+  compute: str,
+  scan: bool = False,
 ) -> Learner:
   """Makes a method on a problem; see `load` for the arguments."""
   [name] = methods.parse(method, num)
   config = clip.VisionConfig(**problem.SIZES[model])
-  tower = clip.VisionTower(config, dtype=jnp.dtype(compute))
+  tower = clip.VisionTower(config, dtype=jnp.dtype(compute), scan_layers=scan)
   heads = clip.stack_heads(list(problem.heads(model, num)))
 
   def features_fn(params, pixels):
@@ -189,7 +195,14 @@ def make_learner(
 
 
 def load(
-  *, model: str, method: str, num: int, batch: int, compute: str, threads: int
+  *,
+  model: str,
+  method: str,
+  num: int,
+  batch: int,
+  compute: str,
+  threads: int,
+  scan: bool = False,
 ) -> Job:
   """Makes a problem and compiles a step.
 
@@ -200,12 +213,13 @@ def load(
     batch: images a task and draw, unless the method has a number of its own.
     compute: dtype of the forward and backward passes; all else is float32.
     threads: that the process was given.
+    scan: compile one block of the tower and loop over it.
 
   Returns:
     The step.
   """
   command.spare_gpus()
-  learner = make_learner(model, method, num, batch, compute)
+  learner = make_learner(model, method, num, batch, compute, scan)
   spec, models = learner.spec, raveled(model, num)
   draw = functools.partial(
     _batch, model, learner.merger.plan, num, learner.batch
@@ -264,8 +278,36 @@ def load(
       'phases': time_phases,
       'machine': functools.partial(_machine, compute),
       'memory': _device_memory,
+      'merges': functools.partial(_time_merges, spec, models),
     },
   )
+
+
+def _time_merges(
+  spec: MetaSpec,
+  models: tuple[dj.tree.Raveled, dj.tree.Raveled],
+  result,
+  repeats: int,
+) -> list[float]:
+  """Returns seconds of merges under masks that are there already."""
+  state, _ = result
+
+  @jax.jit
+  def merge(base, experts, coefficients, masks):
+    deltas = experts.vector - base.vector[None]
+    return base.vector + masks_lib.masked_sum(
+      deltas, base.layout, coefficients, spec.masks, masks
+    )
+
+  expected = jax.jit(lambda logits: jax.tree.map(masks_lib.expected, logits))
+  args = *models, state.coefficients, expected(state.masks)
+  jax.block_until_ready(merge(*args))
+  found = []
+  for _ in range(repeats):
+    begin = time.perf_counter()
+    jax.block_until_ready(merge(*args))
+    found.append(time.perf_counter() - begin)
+  return found
 
 
 def _timed(program: _Program, steps: Iterator[dj.Batch]) -> dict[str, float]:
