@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 from jax import lax
@@ -100,13 +101,17 @@ class Mask:
       )
 
 
+@jax.custom_jvp
 def sample(
   logits: jax.Array, uniform: jax.Array, temperature: float
 ) -> jax.Array:
   """Draws a relaxed Bernoulli variable, reparametrised.
 
-  `sigmoid((logit(u) + logits) / temperature)`, with torch's clamping of
-  probabilities to `[eps, 1 - eps]`.
+  `m = sigmoid((logit(u) + logits) / temperature)`, with torch's clamping of
+  probabilities to `[eps, 1 - eps]`. Its gradient in the logits is
+  `m (1 - m) / temperature`, 0 where something was clamped: it asks for the
+  sample alone, and nothing else of the draw is held for it. There is none in
+  the draws and in the temperature.
 
   Args:
     logits: of the Bernoulli's probability.
@@ -124,12 +129,26 @@ def sample(
     Maddison et al., `The Concrete Distribution
     <https://arxiv.org/abs/1611.00712>`_, 2017
   """
-  info = jnp.finfo(logits.dtype)
+  info, limit = jnp.finfo(logits.dtype), _limit(logits.dtype)
   u = jnp.clip(uniform, info.eps, 1 - info.eps)
-  limit = jnp.log1p(-info.eps) - jnp.log(info.eps)
   noise = jnp.log(u) - jnp.log1p(-u)
   z = (noise + jnp.clip(logits, -limit, limit)) / temperature
   return jnp.clip(jax.nn.sigmoid(z), info.tiny, 1 - info.eps)
+
+
+def _limit(dtype: Any) -> jax.Array:
+  """Returns the largest logit of a probability that is not clamped."""
+  eps = jnp.finfo(dtype).eps
+  return jnp.log1p(-eps) - jnp.log(eps)
+
+
+@sample.defjvp
+def _sample_jvp(primals, tangents):
+  logits, _, temperature = primals
+  m, info = sample(*primals), jnp.finfo(logits.dtype)
+  free = jnp.abs(logits) < _limit(logits.dtype)
+  free &= (m > info.tiny) & (m < 1 - info.eps)
+  return m, jnp.where(free, m * (1 - m) / temperature, 0) * tangents[0]
 
 
 def expected(logits: jax.Array) -> jax.Array:

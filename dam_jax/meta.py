@@ -17,6 +17,7 @@ is on raveled vectors: pass `base` and `experts` through `dam_jax.tree.ravel`
 once to spare every step that copy.
 """
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -82,8 +83,8 @@ class _Engine:
     """Returns the state before the first step."""
     model = model_of(base, experts)
     r, c = self.spec, self.spec.coefficients
-    num, *shape = model.deltas.shape
-    dtype = model.deltas.dtype
+    num, *shape = model.experts.vector.shape
+    dtype = model.experts.vector.dtype
     leaves = (len(model.base.layout.names),) if c.granularity == 'leaf' else ()
     coefficients = jnp.full((num, *leaves), c.init, dtype)
     logits = {
@@ -125,8 +126,16 @@ class _Engine:
       new, metrics = lax.cond(state.count < end, early, late, state)
     finite = state.finite & metrics.pop('finite')
     new = new._replace(count=state.count + 1)
-    new = jax.tree.map(functools.partial(_select, finite), new, state)
-    return new._replace(finite=finite), {**metrics, 'finite': finite}
+    # Masks are kept where they move, so that no step holds two copies of them.
+    rest = jax.tree.map(
+      functools.partial(_select, finite),
+      _without_masks(new),
+      _without_masks(state),
+    )
+    new = rest._replace(
+      finite=finite, masks=new.masks, mask_states=new.mask_states
+    )
+    return new, {**metrics, 'finite': finite}
 
   def finalize(self, state, base, experts) -> Params:
     """Returns the merged model, like the base."""
@@ -206,14 +215,15 @@ class _Engine:
 
   def _alone(self, model):
     """Returns `pixels -> logits` of the experts, each on its own task."""
-    logits_fn = self.task_logits_fn
-    vectors = model.base.vector[None] + model.deltas
+    logits_fn, base = self.task_logits_fn, model.base.vector
+    vectors = model.experts.vector
     assert logits_fn is not None
 
     def forward(pixels):
       def one(args):
         vector, task, own = args
-        return logits_fn(model.base.unravel(vector), task, own)
+        params = model.base.unravel(base + (vector - base))
+        return logits_fn(params, task, own)
 
       tasks = jnp.arange(len(vectors))
       return lax.map(one, (vectors, tasks, pixels)).astype(vectors.dtype)
@@ -259,8 +269,8 @@ class _Engine:
       gain_fn,
       self._mean,
     )
-    state = state._replace(adversary=params, adversary_state=opt_state)
-    return state, {f'perturbation/{key}': x for key, x in found.items()}
+    found = {f'perturbation/{key}': x for key, x in found.items()}
+    return params, opt_state, found
 
   def _outer(self, state, model, draws, clean: float, safety: float):
     """Returns `theta -> (loss, metrics)` over one or two draws of images."""
@@ -324,9 +334,10 @@ class _Engine:
       if r.warmup_steps:
         warm = state.count < r.warmup_steps
         warm_up = functools.partial(self._ascend, warm=True)
-        state, fooled = lax.cond(warm, warm_up, self._ascend, *seen)
+        *moved, fooled = lax.cond(warm, warm_up, self._ascend, *seen)
       else:
-        state, fooled = self._ascend(*seen)
+        *moved, fooled = self._ascend(*seen)
+      state = state._replace(adversary=moved[0], adversary_state=moved[1])
       measured.update(fooled)
     learn = functools.partial(
       self._learn,
@@ -340,11 +351,12 @@ class _Engine:
     )
     if not r.warmup_steps:
       return learn(state)
-
-    def wait(state):
-      return state, self._metrics(measured, draws)
-
-    return lax.cond(state.count < r.warmup_steps, wait, learn, state)
+    return _when(
+      state.count >= r.warmup_steps,
+      lambda state, _: learn(state),
+      state,
+      self._metrics(measured, draws.num_tasks, model),
+    )
 
   def _learn(
     self,
@@ -361,6 +373,7 @@ class _Engine:
     """Moves the masks, and the coefficients where they are learned jointly."""
     r, c = self.spec, self.spec.coefficients
     measured, leak = dict(measured), jnp.zeros_like(coefficients)
+    draws = draws.rest()
     for names, clean, safety in r.updates:
       outer = self._outer(
         state,
@@ -385,13 +398,23 @@ class _Engine:
       norm = optax.tree.norm(grads)
       measured.update(each, **{f'{"+".join(names)}/grad_norm': norm})
       leak = functools.reduce(jnp.add, grads[1:], leak)
-      logits, states = dict(state.masks), dict(state.mask_states)
-      for name in names:
-        updates, states[name] = r.masks[name].tx.update(
-          grads[0][name], states[name], logits[name]
-        )
-        logits[name] = optax.apply_updates(logits[name], updates)
-      state = state._replace(masks=logits, mask_states=states)
+      finite = state.finite & _all_finite(measured)
+
+      def move(logits, states, grads=grads[0]):
+        logits, states = dict(logits), dict(states)
+        for name, grad in grads.items():
+          updates, states[name] = r.masks[name].tx.update(
+            grad, states[name], logits[name]
+          )
+          logits[name] = optax.apply_updates(logits[name], updates)
+        return logits, states
+
+      moved_states = {name: state.mask_states[name] for name in names}
+      moved, moved_states = _when(finite, move, moved, moved_states)
+      state = state._replace(
+        masks={**state.masks, **moved},
+        mask_states={**state.mask_states, **moved_states},
+      )
     if c.joint_tx is not None:
       updates, joint_state = c.joint_tx.update(
         leak, state.joint_state, coefficients
@@ -401,7 +424,7 @@ class _Engine:
     state = state._replace(
       coefficients=coefficients, inner_state=inner_state, leak=leak
     )
-    return state, self._metrics(measured, draws)
+    return state, self._metrics(measured, draws.num_tasks, model)
 
   def _coefficient_stage(self, state, *, model, batch: Batch):
     r, c = self.spec, self.spec.coefficients
@@ -414,7 +437,8 @@ class _Engine:
     if r.coefficient_safety and r.adversary is not None:
       theta = self._combine(model, coefficients, values)
       images = draws.many(r.adversary.ascents)
-      state, measured = self._ascend(state, model, theta, images)
+      *moved, measured = self._ascend(state, model, theta, images)
+      state = state._replace(adversary=moved[0], adversary_state=moved[1])
     safety = r.coefficient_safety
     own = [draws.one() for _ in range(self.spec.draws(1.0, safety))]
     outer = self._outer(state, model, own, 1.0, safety)
@@ -434,16 +458,34 @@ class _Engine:
       coefficients=optax.apply_updates(coefficients, updates),
       coefficient_state=coefficient_state,
     )
-    return state, self._metrics({**measured, **each}, draws)
+    return state, self._metrics({**measured, **each}, draws.num_tasks, model)
 
-  def _metrics(self, measured, draws):
+  def _metrics(self, measured, num_tasks, model):
     """Adds NaN for what this step did not measure, so that all steps agree."""
     per_task, scalars = self.spec.metrics()
-    num_tasks, dtype = draws.num_tasks, jnp.result_type(*measured.values())
+    dtype = model.base.vector.dtype
     nan = {name: jnp.full(num_tasks, jnp.nan, dtype) for name in per_task}
     nan |= {name: jnp.full([], jnp.nan, dtype) for name in scalars}
-    finite = [jnp.all(jnp.isfinite(x)) for x in measured.values()]
-    return {**nan, **measured, 'finite': jnp.all(jnp.stack(finite))}
+    return {**nan, **measured, 'finite': _all_finite(measured)}
+
+
+def _all_finite(measured: Mapping[str, jax.Array]) -> jax.Array:
+  finite = [jnp.all(jnp.isfinite(x)) for x in measured.values()]
+  return jnp.all(jnp.stack(finite)) if finite else jnp.ones([], bool)
+
+
+def _when(condition: jax.Array, fn: Callable, *carry: Any) -> Any:
+  """Returns `fn(*carry)` where a condition holds, else what it was given.
+
+  A loop of one turn or none: it changes what it carries in place, where a
+  `lax.cond` copies what a branch leaves as it is.
+  """
+  turns = condition.astype(jnp.int32)
+  return lax.fori_loop(0, turns, lambda _, carry: fn(*carry), carry)
+
+
+def _without_masks(state: MetaState) -> MetaState:
+  return state._replace(masks={}, mask_states={})
 
 
 def _select(condition: jax.Array, new: Any, old: Any) -> Any:

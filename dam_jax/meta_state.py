@@ -15,7 +15,8 @@ class MetaState(NamedTuple):
     key: of the masks' samples; never changes.
     count: [] steps taken.
     finite: [] whether every loss and gradient so far was finite; where one was
-      not, the state stays as it was before that step.
+      not, the state stays as it was before that step, but for masks that an
+      earlier update of that step moved.
     coefficients: `[K]` or `[K, leaves]`, in the order of `Layout.names`.
     inner_state: of the coefficients' inner optimiser.
     joint_state: of the one that learns them together with the masks.
@@ -43,14 +44,22 @@ class MetaState(NamedTuple):
 
 
 class Model(NamedTuple):
-  """Base `[P]` and task vectors `[K, P]`, raveled."""
+  """Base `[P]` and experts `[K, P]`, raveled."""
 
   base: tree.Raveled
-  deltas: jax.Array
+  experts: tree.Raveled
+
+  @property
+  def deltas(self) -> jax.Array:
+    """Task vectors `[K, P]`, made where they are read.
+
+    What crosses a `lax.cond` is held in memory.
+    """
+    return self.experts.vector - self.base.vector[None]
 
 
 def model_of(base: Any, experts: Any) -> Model:
-  """Ravels a base and its experts, unless they are, and subtracts.
+  """Ravels a base and its experts, unless they are.
 
   Args:
     base: parameters.
@@ -64,7 +73,7 @@ def model_of(base: Any, experts: Any) -> Model:
   flat, stacked = tree.ravel(base), tree.ravel(experts, leading=1)
   if flat.layout != stacked.layout:
     raise ValueError('base and experts were raveled from different pytrees')
-  return Model(flat, stacked.vector - flat.vector[None])
+  return Model(flat, stacked)
 
 
 class Draws:
@@ -77,6 +86,12 @@ class Draws:
   def num_tasks(self) -> int:
     """Number of tasks."""
     return self._batch.images.shape[1]
+
+  def rest(self) -> 'Draws':
+    """Returns what hands out the rest, for what is traced more than once."""
+    other = Draws(self._batch)
+    other._next = self._next
+    return other
 
   def many(self, num: int) -> Batch:
     """Returns the next draws, `[num, T, B, ...]`."""

@@ -52,7 +52,7 @@ def test_figures_are_in_the_units_of_their_targets():
 
 
 def test_a_merge_is_timed_apart_from_the_step():
-  options = {**COMMON, 'method': 'dam_paper', 'compute': 'float32'}
+  options = {**COMMON, 'method': 'concrete_layer_wise', 'compute': 'float32'}
   job = steps_ours.load(**options)
   result = job.run(job.prepare())
   seconds = job.requests['merges'](result, 3)
