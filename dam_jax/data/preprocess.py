@@ -1,0 +1,176 @@
+"""What CLIP does to images before its tower, on the host or on the device.
+
+RGB, the short side resized to `size` by PIL's bicubic filter, the centre cut
+out, [0, 1], normalised: level by level what `CLIPImageProcessor` of
+transformers does with PIL. `on_device` has the same levels from uint8 images
+of one shape, so that small images travel as they are.
+
+`jax.image.resize` does not do here: PIL rounds to a level, and cuts off, what
+lies between the passes over columns and rows, which on edges is tens of levels
+away, and where a sum falls between two levels only PIL's own integers tell
+which one it takes.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from dam_jax.models import clip
+
+_BITS = 22  # of PIL's fixed-point weights of 8-bit images
+
+
+def _sizes(height: int, width: int, size: int) -> tuple[int, int]:
+  """Height and width once the short side is `size`."""
+  short = min(height, width)
+  return size * height // short, size * width // short
+
+
+def to_rgb(image: Image.Image) -> np.ndarray:
+  """Decodes an image of any kind that PIL reads.
+
+  Args:
+    image: one with transparency is laid on white, as transformers do.
+
+  Returns:
+    `[H, W, 3]` uint8.
+  """
+  if 'A' in image.getbands() or image.info.get('transparency') is not None:
+    white = Image.new('RGBA', image.size, (255, 255, 255, 255))
+    image = Image.alpha_composite(white, image.convert('RGBA'))
+  return np.asarray(image.convert('RGB'))
+
+
+def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
+  """Resizes the short side and cuts out the centre, on the host.
+
+  Args:
+    image: `[H, W, 3]` uint8.
+    size: of the square that stays, in pixels.
+
+  Returns:
+    `[size, size, 3]` uint8.
+
+  Raises:
+    ValueError: where the image or size is not such.
+
+  Examples:
+    >>> resize_crop(np.zeros((40, 30, 3), np.uint8), 24).shape
+    (24, 24, 3)
+  """
+  _check(image.shape, image.dtype, size, 3)
+  height, width = _sizes(*image.shape[:2], size)
+  if image.shape[:2] != (height, width):
+    picture = Image.fromarray(image)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    image = np.asarray(picture)
+  top, left = (height - size) // 2, (width - size) // 2
+  return image[top : top + size, left : left + size]
+
+
+def normalize(images: np.ndarray) -> np.ndarray:
+  """Maps levels to what CLIP's tower reads.
+
+  Args:
+    images: `[..., 3]` uint8.
+
+  Returns:
+    The same shape, float32.
+  """
+  scaled = images.astype(np.float32) / 255
+  return (scaled - np.float32(clip.MEAN)) / np.float32(clip.STD)
+
+
+def on_device(images: jax.Array, size: int) -> jax.Array:
+  """`resize_crop` of a batch, level by level, in JAX.
+
+  The filter is two products with small matrices of integers, over columns and
+  then over rows; meant for images of up to some hundred pixels.
+
+  Args:
+    images: `[B, H, W, 3]` uint8.
+    size: of the squares, in pixels; static under `jax.jit`.
+
+  Returns:
+    `[B, size, size, 3]` float32 in [0, 1], as mergers read images;
+    `dam_jax.models.clip.normalize` does the rest.
+
+  Raises:
+    ValueError: where the images or size are not such.
+
+  Examples:
+    >>> on_device(jnp.full((2, 8, 8, 3), 255, jnp.uint8), 16).shape
+    (2, 16, 16, 3)
+  """
+  _check(images.shape, images.dtype, size, 4)
+  height, width = _sizes(*images.shape[1:3], size)
+  levels = images.astype(jnp.int32)
+  if width != images.shape[2]:
+    columns = jnp.asarray(_middle(_weights(images.shape[2], width), size))
+    levels = _to_levels(jnp.einsum('bhwc,vw->bhvc', levels, columns))
+  else:
+    left = (width - size) // 2
+    levels = levels[:, :, left : left + size]
+  if height != images.shape[1]:
+    rows = jnp.asarray(_middle(_weights(images.shape[1], height), size))
+    levels = _to_levels(jnp.einsum('bhwc,uh->buwc', levels, rows))
+  else:
+    top = (height - size) // 2
+    levels = levels[:, top : top + size]
+  return levels.astype(jnp.float32) / 255
+
+
+def _middle(weights: np.ndarray, size: int) -> np.ndarray:
+  start = (len(weights) - size) // 2
+  return weights[start : start + size]
+
+
+def _to_levels(sums: jax.Array) -> jax.Array:
+  return jnp.clip((sums + (1 << (_BITS - 1))) >> _BITS, 0, 255)
+
+
+@functools.cache
+def _weights(num_in: int, num_out: int) -> np.ndarray:
+  """PIL's bicubic filter, `[num_out, num_in]` int32 of `2**-22`."""
+  scale = num_in / num_out
+  stretch = max(scale, 1.0)  # wider where it shrinks
+  weights = np.zeros((num_out, num_in), np.int32)
+  for row, out in enumerate(weights):
+    centre = (row + 0.5) * scale
+    first = max(int(centre - 2 * stretch + 0.5), 0)
+    last = min(int(centre + 2 * stretch + 0.5), num_in)
+    taps = [_bicubic((i - centre + 0.5) / stretch) for i in range(first, last)]
+    total = sum(taps)
+    for i, tap in enumerate(taps, first):
+      fixed = tap / total * (1 << _BITS)
+      out[i] = int(fixed + math.copysign(0.5, fixed))
+  weights.flags.writeable = False
+  return weights
+
+
+def _bicubic(x: float) -> float:
+  """Keys's cubic with a = -0.5."""
+  x = abs(x)
+  if x < 1:
+    return (1.5 * x - 2.5) * x * x + 1
+  if x < 2:
+    return -0.5 * (((x - 5) * x + 8) * x - 4)
+  return 0.0
+
+
+def _check(shape: tuple[int, ...], dtype, size: int, ndim: int) -> None:
+  """Raises unless images are uint8 in RGB and the size is positive."""
+  lines = []
+  if len(shape) != ndim or dtype != np.uint8 or shape[-1:] != (3,):
+    want = 'uint8[H, W, 3]' if ndim == 3 else 'uint8[B, H, W, 3]'
+    lines.append(f'got {np.dtype(dtype).name}{list(shape)}, want {want}')
+  elif min(shape[-3:-1]) < 1:
+    lines.append(f'images of {shape[-3]} x {shape[-2]} pixels')
+  if size < 1:
+    lines.append(f'size must be positive, got {size}')
+  if lines:
+    raise ValueError('\n  '.join(['images to resize:', *lines]))
