@@ -24,8 +24,9 @@ from dam_jax.models import clip
 _BITS = 22  # of PIL's fixed-point weights of 8-bit images
 
 
-def _sizes(height: int, width: int, size: int) -> tuple[int, int]:
+def _sizes(shape: tuple[int, ...], size: int) -> tuple[int, int]:
   """Height and width once the short side is `size`."""
+  height, width = shape
   short = min(height, width)
   return size * height // short, size * width // short
 
@@ -63,7 +64,7 @@ def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
     (24, 24, 3)
   """
   _check(image.shape, image.dtype, size, 3)
-  height, width = _sizes(*image.shape[:2], size)
+  height, width = _sizes(image.shape[:2], size)
   if image.shape[:2] != (height, width):
     picture = Image.fromarray(image)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -82,7 +83,8 @@ def normalize(images: np.ndarray) -> np.ndarray:
     The same shape, float32.
   """
   scaled = images.astype(np.float32) / 255
-  return (scaled - np.float32(clip.MEAN)) / np.float32(clip.STD)
+  mean, std = (np.asarray(x, np.float32) for x in (clip.MEAN, clip.STD))
+  return (scaled - mean) / std
 
 
 def on_device(images: jax.Array, size: int) -> jax.Array:
@@ -107,7 +109,7 @@ def on_device(images: jax.Array, size: int) -> jax.Array:
     (2, 16, 16, 3)
   """
   _check(images.shape, images.dtype, size, 4)
-  height, width = _sizes(*images.shape[1:3], size)
+  height, width = _sizes(images.shape[1:3], size)
   levels = images.astype(jnp.int32)
   if width != images.shape[2]:
     columns = jnp.asarray(_middle(_weights(images.shape[2], width), size))

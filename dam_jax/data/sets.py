@@ -55,8 +55,9 @@ class DataSet:
     renamed: some of the builder's names, each with the prompts' name for it.
     first_label: what the builder calls class 0.
     transposed: whether images lie on their side.
-    manual: what to put into the folder of manual files, where TFDS cannot
-      download it.
+    manual: folder to place among the manual files, where nothing can be
+      downloaded.
+    manual_from: what that folder holds.
     tensorflow: whether TFDS needs TensorFlow to prepare it.
     mean: of R, G and B in [0, 1], to subtract.
     std: to divide by.
@@ -75,6 +76,7 @@ class DataSet:
   first_label: int = 0
   transposed: bool = False
   manual: str = ''
+  manual_from: str = ''
   tensorflow: bool = True
   mean: tuple[float, float, float] = clip.MEAN
   std: tuple[float, float, float] = clip.STD
@@ -280,10 +282,11 @@ _ALL = (
     num_classes=43,
     names=_SIGNS,
     tensorflow=False,
-    manual=(
-      'gtsrb/train/<class> and gtsrb/test/<class>, folders 00000 to 00042 of '
-      'the images of the German Traffic Sign Recognition Benchmark '
-      '(docs/data.md sorts its archives)'
+    manual='gtsrb',
+    manual_from=(
+      'train/<class> and test/<class>, folders 00000 to 00042 of the images of '
+      'the German Traffic Sign Recognition Benchmark; docs/data.md sorts its '
+      'archives'
     ),
     templates=tuple(
       f'a {x} photo of a "{{}}" traffic sign.'
@@ -304,7 +307,8 @@ _ALL = (
     version='3.0.0',
     num_classes=45,
     image_shape=(256, 256, 3),
-    manual="NWPU-RESISC45, the folder of the archive 'NWPU-RESISC45.rar'",
+    manual='NWPU-RESISC45',
+    manual_from="a folder a class, from the archive 'NWPU-RESISC45.rar'",
     templates=_AERIAL,
     **_VTAB,
   ),
