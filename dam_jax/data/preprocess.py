@@ -22,6 +22,7 @@ from PIL import Image
 from dam_jax.models import clip
 
 _BITS = 22  # of PIL's fixed-point weights of 8-bit images
+_LOW = 11  # of these that are multiplied apart
 
 
 def _sizes(shape: tuple[int, ...], size: int) -> tuple[int, int]:
@@ -90,8 +91,9 @@ def normalize(images: np.ndarray) -> np.ndarray:
 def on_device(images: jax.Array, size: int) -> jax.Array:
   """`resize_crop` of a batch, level by level, in JAX.
 
-  The filter is two products with small matrices of integers, over columns and
-  then over rows; meant for images of up to some hundred pixels.
+  The filter is two products with small matrices, over columns and then over
+  rows, of whole numbers that float32 holds exactly; meant for images of up to
+  some hundred pixels.
 
   Args:
     images: `[B, H, W, 3]` uint8.
@@ -102,7 +104,8 @@ def on_device(images: jax.Array, size: int) -> jax.Array:
     `dam_jax.models.clip.normalize` does the rest.
 
   Raises:
-    ValueError: where the images or size are not such.
+    ValueError: where the images or size are not such, or images would shrink
+      to less than a tenth or so.
 
   Examples:
     >>> on_device(jnp.full((2, 8, 8, 3), 255, jnp.uint8), 16).shape
@@ -110,37 +113,43 @@ def on_device(images: jax.Array, size: int) -> jax.Array:
   """
   _check(images.shape, images.dtype, size, 4)
   height, width = _sizes(images.shape[1:3], size)
-  levels = images.astype(jnp.int32)
-  if width != images.shape[2]:
-    columns = jnp.asarray(_middle(_weights(images.shape[2], width), size))
-    levels = _to_levels(jnp.einsum('bhwc,vw->bhvc', levels, columns))
-  else:
-    left = (width - size) // 2
-    levels = levels[:, :, left : left + size]
-  if height != images.shape[1]:
-    rows = jnp.asarray(_middle(_weights(images.shape[1], height), size))
-    levels = _to_levels(jnp.einsum('bhwc,uh->buwc', levels, rows))
-  else:
-    top = (height - size) // 2
-    levels = levels[:, top : top + size]
-  return levels.astype(jnp.float32) / 255
+  levels = images.astype(jnp.float32)
+  levels = _along(levels, _middle(images.shape[2], width, size), 2)
+  levels = _along(levels, _middle(images.shape[1], height, size), 1)
+  return levels / 255
 
 
-def _middle(weights: np.ndarray, size: int) -> np.ndarray:
-  start = (len(weights) - size) // 2
-  return weights[start : start + size]
+def _middle(num_in: int, num_out: int, size: int) -> np.ndarray | slice:
+  """Weights of the `size` middle ones of `num_out`, or where these lie."""
+  start = (num_out - size) // 2
+  middle = slice(start, start + size)
+  return middle if num_in == num_out else _weights(num_in, num_out)[:, middle]
 
 
-def _to_levels(sums: jax.Array) -> jax.Array:
-  return jnp.clip((sums + (1 << (_BITS - 1))) >> _BITS, 0, 255)
+def _along(levels: jax.Array, weights: np.ndarray | slice, axis: int):
+  """Filters levels along an axis, or cuts out of it."""
+  if isinstance(weights, slice):
+    return levels[:, weights] if axis == 1 else levels[:, :, weights]
+  spec = 'bhwc,suh->sbuwc' if axis == 1 else 'bhwc,svw->sbhvc'
+  high, low = jnp.einsum(
+    *(spec, levels, weights), precision=jax.lax.Precision.HIGHEST
+  ).astype(jnp.int32)
+  total = (high << _LOW) + low + (1 << (_BITS - 1))
+  return jnp.clip(total >> _BITS, 0, 255).astype(jnp.float32)
 
 
 @functools.cache
 def _weights(num_in: int, num_out: int) -> np.ndarray:
-  """PIL's bicubic filter, `[num_out, num_in]` int32 of `2**-22`."""
+  """PIL's bicubic filter in parts whose products with levels are exact.
+
+  Returns:
+    `[2, num_out, num_in]` float32, whole numbers: multiples of `2**-11` and of
+    `2**-22`. A product of either with levels stays below `2**24`, up to which
+    float32 holds all integers.
+  """
   scale = num_in / num_out
   stretch = max(scale, 1.0)  # wider where it shrinks
-  weights = np.zeros((num_out, num_in), np.int32)
+  weights = np.zeros((num_out, num_in), np.int64)
   for row, out in enumerate(weights):
     centre = (row + 0.5) * scale
     first = max(int(centre - 2 * stretch + 0.5), 0)
@@ -150,8 +159,17 @@ def _weights(num_in: int, num_out: int) -> np.ndarray:
     for i, tap in enumerate(taps, first):
       fixed = tap / total * (1 << _BITS)
       out[i] = int(fixed + math.copysign(0.5, fixed))
-  weights.flags.writeable = False
-  return weights
+  high = (weights + (1 << (_LOW - 1))) >> _LOW
+  parts = np.stack([high, weights - (high << _LOW)])
+  largest = 255 * np.abs(parts).sum(axis=-1).max()
+  if largest >= 1 << 24:
+    raise ValueError(
+      f'a side of {num_in} pixels is too long to become {num_out} on the '
+      'device: resize on the host'
+    )
+  parts = parts.astype(np.float32)
+  parts.flags.writeable = False
+  return parts
 
 
 def _bicubic(x: float) -> float:

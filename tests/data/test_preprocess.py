@@ -71,6 +71,17 @@ def test_normalize_is_that_of_the_tower():
   np.testing.assert_allclose(preprocess.normalize(images), want, atol=1e-6)
 
 
+def test_products_of_the_filter_are_exact():
+  for num_in, num_out in ((28, 224), (500, 224), (1000, 60)):
+    parts = preprocess._weights(num_in, num_out).astype(np.int64)
+    # PIL's weights sum to one within half a unit each.
+    total = (parts[0] * 2**11 + parts[1]).sum(axis=-1)
+    assert np.abs(total - 2**22).max() <= num_in / 2
+    assert 255 * np.abs(parts).sum(axis=-1).max() < 2**24
+  with pytest.raises(ValueError, match='3000 pixels is too long to become 20'):
+    preprocess.on_device(jnp.zeros((1, 3000, 3000, 3), jnp.uint8), 20)
+
+
 @pytest.mark.parametrize(
   ('image', 'size', 'match'),
   [
