@@ -11,6 +11,7 @@ away, and where a sum falls between two levels only PIL's own integers tell
 which one it takes.
 """
 
+from collections.abc import Sequence
 import functools
 import math
 
@@ -74,18 +75,29 @@ def resize_crop(image: np.ndarray, size: int) -> np.ndarray:
   return image[top : top + size, left : left + size]
 
 
-def normalize(images: np.ndarray) -> np.ndarray:
+def normalize(
+  images: np.ndarray,
+  *,
+  mean: Sequence[float] = clip.MEAN,
+  std: Sequence[float] = clip.STD,
+) -> np.ndarray:
   """Maps levels to what CLIP's tower reads.
 
   Args:
     images: `[..., 3]` uint8.
+    mean: of each channel in [0, 1], to subtract.
+    std: of each, to divide by.
 
   Returns:
     The same shape, float32.
+
+  Examples:
+    >>> levels = np.array([0, 255], np.uint8)[:, None].repeat(3, axis=1)
+    >>> normalize(levels, mean=(0.5,) * 3, std=(0.5,) * 3)[:, 0].tolist()
+    [-1.0, 1.0]
   """
   scaled = images.astype(np.float32) / 255
-  mean, std = (np.asarray(x, np.float32) for x in (clip.MEAN, clip.STD))
-  return (scaled - mean) / std
+  return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def on_device(images: jax.Array, size: int) -> jax.Array:

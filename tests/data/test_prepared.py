@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+import json
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -266,6 +268,41 @@ def test_tfds_s_own_sets_are_read_without_their_other_features(tmp_path):
   assert example['label'] == 7
   np.testing.assert_array_equal(example['image'], np.dstack([image] * 3))
   assert prepared.prepare('mnist', tmp_path) == opened.folder
+
+
+def test_tfds_prepares_a_set_of_its_own(tmp_path, monkeypatch):
+  # food101 needs no TensorFlow; its archive is made here.
+  names = (
+    tfds.builder('food101', data_dir=tmp_path).info.features['label'].names
+  )
+  archive = tmp_path / 'archive' / 'food-101'
+  rows = {}
+  for split, name in (('train', names[2]), ('test', names[5])):
+    x = _noise(9, 8, 3, seed=len(rows))
+    _save(archive / 'images' / name / '1.jpg', x)
+    (archive / 'meta').mkdir(exist_ok=True)
+    listed = json.dumps({name: [f'{name}/1']})
+    (archive / 'meta' / f'{split}.json').write_text(listed)
+    with Image.open(archive / 'images' / name / '1.jpg') as image:
+      rows[split] = np.asarray(image)
+  manager = mock.Mock(downloaded_size=0, manual_dir=None)
+  manager.download_and_extract.return_value = str(archive.parent)
+  monkeypatch.setattr(
+    tfds.core.DatasetBuilder, '_make_download_manager', lambda *_, **__: manager
+  )
+  monkeypatch.setattr(prepared, '_why_not_download', lambda *_: [])
+  folder = prepared.prepare('food101', tmp_path)
+  opened = prepared.open_set('food101', tmp_path)
+  assert folder == opened.folder == tmp_path / 'food101' / '2.0.0'
+  for images, split, label in (
+    (opened.train, 'train', 2),
+    (opened.test, 'test', 5),
+  ):
+    (example,) = images
+    np.testing.assert_array_equal(example['image'], rows[split])
+    assert example['label'] == label
+  prepared.prepare('food101', tmp_path)
+  manager.download_and_extract.assert_called_once()
 
 
 def test_letters_stand_upright_and_count_from_zero(tmp_path):
