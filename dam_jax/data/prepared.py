@@ -188,8 +188,8 @@ def how_to(about: DataSet, data_dir: epath.PathLike) -> str:
     about: the set.
     data_dir: of prepared data sets.
   """
-  kind = about.builder.partition('/')[0]
-  if about.name in sets.SETS:
+  kind, known = about.builder.partition('/')[0], sets.SETS.get(about.name)
+  if known and known.builder == about.builder:
     call = f"prepared.prepare({about.name!r}, '{data_dir}')"
   elif kind == sets.ARRAYS:
     call = f"builders.prepare_npz('FILE', '{data_dir}', name={about.name!r})"

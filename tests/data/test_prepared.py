@@ -330,6 +330,14 @@ def test_a_set_of_other_classes_is_refused(tmp_path):
     prepared.open_set(about, tmp_path).images('dev')
 
 
+def test_files_of_another_format_are_refused(tmp_path):
+  _tfds_set(tmp_path, sets.get('mnist'), [(_noise(28, 28), 0)])
+  path = prepared.place(sets.get('mnist'), tmp_path) / 'dataset_info.json'
+  path.write_text(path.read_text().replace('"array_record"', '"tfrecord"'))
+  with pytest.raises(ValueError, match='files are tfrecord'):
+    prepared.open_set('mnist', tmp_path)
+
+
 @pytest.mark.parametrize(
   ('name', 'match'),
   [
@@ -337,6 +345,7 @@ def test_a_set_of_other_classes_is_refused(tmp_path):
     ('resisc45', r'downloads/manual/NWPU-RESISC45 holds'),
     ('gtsrb', r'downloads/manual/gtsrb holds train/<class>'),
     ('arrays/x', r"builders\.prepare_npz\('FILE', .*name='x'\)"),
+    ('arrays/mnist', r"builders\.prepare_npz\('FILE', .*name='mnist'\)"),
     ('folders/x', r"builders\.prepare_folder\('FOLDER', .*name='x'\)"),
   ],
 )
