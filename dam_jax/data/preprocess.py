@@ -100,6 +100,23 @@ def normalize(
   return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
+def to_tower(image: np.ndarray, size: int) -> np.ndarray:
+  """Resizes, crops and normalises: all that CLIP does to an image.
+
+  Args:
+    image: `[H, W, 3]` uint8.
+    size: that the tower reads, in pixels.
+
+  Returns:
+    `[size, size, 3]` float32.
+
+  Examples:
+    >>> to_tower(np.zeros((40, 30, 3), np.uint8), 24).dtype
+    dtype('float32')
+  """
+  return normalize(resize_crop(image, size))
+
+
 def on_device(images: jax.Array, size: int) -> jax.Array:
   """`resize_crop` of a batch, level by level, in JAX.
 

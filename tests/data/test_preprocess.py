@@ -29,7 +29,7 @@ def test_host_gives_what_transformers_give(kind):
     png, want = file[f'{kind}_png'], file[kind]
   with Image.open(io.BytesIO(png.tobytes())) as image:
     got = preprocess.to_rgb(image)
-  got = preprocess.normalize(preprocess.resize_crop(got, 24))
+  got = preprocess.to_tower(got, 24)
   assert got.dtype == np.float32
   # A level is 1 / 255 / std, some 0.015.
   np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
