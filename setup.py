@@ -48,6 +48,7 @@ BENCH = [
   'matplotlib>=3.9',
   'mergekit==0.1.5',
   'omegaconf>=2.3',
+  'pillow>=10.3',
   'torch>=2.13',
   'transformers>=5.0',
 ]

@@ -1,6 +1,7 @@
 """Which benchmarks there are, and one run of them after the other."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 import os
 import subprocess
 import sys
@@ -19,12 +20,14 @@ class Benchmark(NamedTuple):
     takes: flags of this command that are passed on where they are given.
     needs: those without which there is nothing to run.
     any_of: those one of which it needs.
+    imports: packages that it needs and extra `bench` does not bring.
     argv: what else it gets.
   """
 
   takes: tuple[str, ...] = ()
   needs: tuple[str, ...] = ()
   any_of: tuple[str, ...] = ()
+  imports: tuple[str, ...] = ()
   argv: tuple[str, ...] = ()
 
 
@@ -35,6 +38,7 @@ BENCHMARKS = {
   'bench_meta_step': Benchmark(takes=('torch_python', *PEERS[:1])),
   'bench_scaling': Benchmark(),
   'bench_checkpoint': Benchmark(),
+  'bench_input': Benchmark(imports=('grain', 'tensorflow_datasets')),
   'bench_security': Benchmark(
     takes=('pool', 'fusion_bench_python'),
     needs=('pool', 'fusion_bench_python'),
@@ -64,7 +68,8 @@ def missing(benchmark: Benchmark, given: Mapping[str, str]) -> str:
     return f'without --{" and --".join(lacking)}'
   if benchmark.any_of and not any(given.get(x) for x in benchmark.any_of):
     return f'without --{" or --".join(benchmark.any_of)}'
-  return ''
+  absent = [x for x in benchmark.imports if find_spec(x) is None]
+  return f'without {" and ".join(absent)}, see extra data' if absent else ''
 
 
 def command(

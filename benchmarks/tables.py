@@ -143,6 +143,18 @@ def checkpoint(rows: Sequence[Row]) -> str:
   return markdown(head, lines)
 
 
+def images(rows: Sequence[Row]) -> str:
+  """Images read, decoded and laid into batches."""
+  lines = [
+    [
+      *(row['kind'], str(row['threads']), _number(row['per_second'])),
+      _number(1000 * row['cpu'] / row['images']),
+    ]
+    for row in rows
+  ]
+  return markdown(['kind', 'threads', 'images/s', 'CPU ms an image'], lines)
+
+
 def parity(rows: Sequence[Row]) -> str:
   """The largest error of each method beside each program."""
   programs = list(dict.fromkeys(row['program'] for row in rows))
@@ -186,6 +198,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
   'merge': merge,
   'scaling': scaling,
   'checkpoint': checkpoint,
+  'input': images,
   'security': security,
   'parity': parity,
 }
@@ -196,6 +209,7 @@ IDENTITY = {
   'merge': ('part', 'method', 'variant', 'experts', 'form', 'parameters'),
   'scaling': ('axis', 'what', 'method', 'of', 'experts', 'devices', 'width'),
   'checkpoint': ('kind', 'direction', 'cache', 'bytes'),
+  'input': ('kind', 'threads', 'batch', 'device'),
   'security': ('metric', 'task'),
   'parity': ('method', 'program', 'ours', 'peer', 'problems'),
 }

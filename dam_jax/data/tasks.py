@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import io
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 import zipfile
 
 from etils import epath
@@ -194,17 +194,24 @@ def load_train(path: epath.PathLike, size: int = 32) -> Split:
   return Split(images, labels)
 
 
-def save_task(folder: epath.PathLike, task: Task) -> None:
+def save_task(
+  folder: epath.PathLike, task: Task, train: Split | None = None
+) -> None:
   """Writes a task to `<name>.npz`, at once or not at all.
 
   Args:
     folder: to write to.
     task: what `load_task` is to give back.
+    train: what `load_train` is to, where an expert is to be trained.
 
   Raises:
     ValueError: where its parts do not fit each other.
   """
   check_task(task)
+  more: dict[str, Any] = {}
+  if train is not None:
+    check_task(dataclasses.replace(task, dev=train))
+    more = {'train_images': train.images, 'train_labels': train.labels}
   path = epath.Path(folder) / f'{task.name}.npz'
   with replacing(path) as temporary, temporary.open('wb') as file:
     np.savez_compressed(
@@ -215,6 +222,7 @@ def save_task(folder: epath.PathLike, task: Task) -> None:
       test_labels=task.test.labels,
       label_names=np.array(task.label_names),
       head=task.head,
+      **more,
     )
 
 

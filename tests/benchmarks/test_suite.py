@@ -57,6 +57,14 @@ def test_what_lacks_something_is_left_out_and_said(started):
   assert {*names, *left_out} == {*suite_runs.BENCHMARKS}
 
 
+def test_what_lacks_a_package_is_left_out(started, monkeypatch):
+  benchmarks = {'one': Benchmark(imports=('json', 'no_such_package'))}
+  monkeypatch.setattr(suite_runs, 'BENCHMARKS', benchmarks)
+  (outcome,) = run_all({})
+  assert outcome.said == 'left out, without no_such_package, see extra data'
+  assert not started
+
+
 def test_every_benchmark_is_a_module():
   for name in suite_runs.BENCHMARKS:
     assert (runs.ROOT / 'benchmarks' / f'{name}.py').exists()

@@ -60,6 +60,12 @@ ROWS = {
       **{'of_copy': 0.5, 'runs': RUNS, 'copy': RUNS, 'read': RUNS},
     }
   ],
+  'input': [
+    {
+      **{'kind': 'png_32', 'threads': 2, 'batch': 64, 'images': 1000},
+      **{'per_second': 500.0, 'cpu': 3.0, 'runs': RUNS},
+    }
+  ],
   'security': [
     {
       **{'metric': 'acc', 'task': 'mean', 'ours': [0.7, 0.6, 0.8]},
@@ -83,6 +89,7 @@ SAID = {
   'merge': '| 2 | 8 | 200% | mergekit | 10 | 5.0 |',
   'scaling': '| ties | seconds | 1 | 0.5 | 0.999 |',
   'checkpoint': '| orbax | restore | dropped (0% stay) | 4e+03 | 2 | 2 | 50% |',
+  'input': '| png_32 | 2 | 500 | 3 |',
   'security': '| ACC, mean | 70.0 (60.0 to 80.0) |',
   'parity': '| ties | 2.0e-07 | 3.0e-08 | same |',
 }
