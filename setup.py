@@ -32,6 +32,8 @@ DATA = [
   'scikit-learn>=1.5',
   'tensorflow-datasets>=4.9.9',
 ]
+# Whole CLIPs from the Hub, and their tokenizers.
+CLIP = ['huggingface_hub>=1.0', 'tokenizers>=0.22']
 # `python -m experiments.merge`, its tables, pictures and pages.
 EXPERIMENTS = [
   'jinja2>=3.1',
@@ -52,6 +54,7 @@ BENCH = [
   'transformers>=5.0',
 ]
 TEST = [
+  *CLIP,
   *DATA,
   *EXPERIMENTS,
   'dm-haiku>=0.0.14',  # examples of docs/compose.md
@@ -85,12 +88,13 @@ setup(
   package_data={'dam_jax': ['py.typed']},
   install_requires=CORE,
   extras_require={
+    'clip': CLIP,
     'data': DATA,
     'experiments': EXPERIMENTS,
     'aot': unique(EXPERIMENTS, AOT),
     'bench': BENCH,
     'test': unique(TEST),
-    'all': unique(DATA, EXPERIMENTS, TEST),
+    'all': unique(CLIP, DATA, EXPERIMENTS, TEST),
   },
   classifiers=[
     'Development Status :: 3 - Alpha',
