@@ -69,11 +69,13 @@ def snapshot(
       raise ValueError(f'{folder} is a folder, which has no revision')
     return Snapshot(folder)
   import huggingface_hub  # slow to import, not needed for folders
+  from huggingface_hub import constants
   from huggingface_hub import errors
+  from huggingface_hub import utils
 
   name = str(source)
   try:
-    huggingface_hub.utils.validate_repo_id(name)
+    utils.validate_repo_id(name)
   except errors.HFValidationError as e:
     raise ValueError(
       f'{name}: no such folder, and no name of a repository: {e}'
@@ -98,7 +100,7 @@ def snapshot(
     cause = problem or e
     raise ValueError(
       f'{name}, revision {revision or "main"}: not in the cache '
-      f'{huggingface_hub.constants.HF_HUB_CACHE}, and cannot be downloaded: '
+      f'{constants.HF_HUB_CACHE}, and cannot be downloaded: '
       f'{type(cause).__name__}: {cause}'
     ) from cause
   found = pathlib.Path(found)

@@ -5,15 +5,19 @@ Numerically Hugging Face's `CLIPModel`. Its image tower's parameters are
 
   >>> import jax
   >>> import jax.numpy as jnp
-  >>> model = CLIP(VIT_B32)
-  >>> shapes = abstract_params(VIT_B32)
+  >>> sizes = {'hidden_size': 8, 'intermediate_size': 16,
+  ...     'num_hidden_layers': 1, 'num_attention_heads': 2, 'projection_dim': 6}
+  >>> config = CLIPConfig(
+  ...     vision=clip.VisionConfig(image_size=4, patch_size=2, **sizes),
+  ...     text=text.TextConfig(
+  ...         vocab_size=9, max_position_embeddings=5, eos_token_id=8, **sizes))
+  >>> shapes = abstract_params(config)
   >>> sorted(shapes), shapes['logit_scale'].shape
   (['logit_scale', 'text', 'vision'], ())
-  >>> out = jax.eval_shape(
-  ...     model.apply, {'params': shapes}, jnp.ones((2, 224, 224, 3)),
-  ...     jnp.ones((3, 77), jnp.int32))
-  >>> out.logits.shape
-  (2, 3)
+  >>> pixels, tokens = jnp.ones((2, 4, 4, 3)), jnp.array([[7, 1, 8]])
+  >>> apply = CLIP(config).apply
+  >>> jax.eval_shape(apply, {'params': shapes}, pixels, tokens).logits.shape
+  (2, 1)
 
 References:
   Radford et al., `Learning Transferable Visual Models From Natural Language
@@ -21,6 +25,7 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -160,7 +165,14 @@ class CLIP(nn.Module):
 
 def abstract_params(config: CLIPConfig) -> Params:
   """Returns names, shapes and dtypes of a CLIP's parameters, float32."""
+  leaves, structure = _abstract(config)
+  return jax.tree.unflatten(structure, leaves)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: CLIPConfig) -> tuple[list[Any], Any]:
   pixels = jax.ShapeDtypeStruct((1, *config.vision.image_shape), jnp.float32)
   tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
   init = CLIP(config).init
-  return jax.eval_shape(init, jax.random.key(0), pixels, tokens)['params']
+  shapes = jax.eval_shape(init, jax.random.key(0), pixels, tokens)['params']
+  return jax.tree.flatten(shapes)
