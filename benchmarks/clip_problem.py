@@ -95,8 +95,9 @@ def inputs(config: Mapping[str, Any], num: int) -> dict[str, np.ndarray]:
   """Returns what CLIPs read, and what their outputs are multiplied by.
 
   That is `pixels` `[num, H, W, 3]`, `tokens` `[num, L]`, and `by/images`,
-  `by/texts` and `by/logits`. CLIP's own loss is no good here: features of
-  random towers are nearly alike, and its gradient is what rounding leaves.
+  `by/texts` and `by/logits`: a weighted sum has a gradient in every output,
+  whereas CLIP's own loss takes differences, of logits that random towers make
+  nearly alike.
   """
   rng = np.random.default_rng([7, num])
   side = config['vision_config']['image_size']

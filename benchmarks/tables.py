@@ -165,6 +165,19 @@ def parity(rows: Sequence[Row]) -> str:
   return markdown(['method', *programs, 'verdict'], lines)
 
 
+def clip_parity(rows: Sequence[Row]) -> str:
+  """The largest error of each comparison with transformers' CLIP."""
+  lines = [
+    [
+      *(row['model'], row['what'], f'{row["error"]:.1e}'),
+      '' if row['limit'] is None else f'{row["limit"]:.0e}',
+      row['verdict'],
+    ]
+    for row in rows
+  ]
+  return markdown(['model', 'compared', 'error', 'limit', 'verdict'], lines)
+
+
 def security(rows: Sequence[Row]) -> str:
   """ACC and ASR with intervals, per cent."""
   lines = [
@@ -188,6 +201,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
   'checkpoint': checkpoint,
   'security': security,
   'parity': parity,
+  'clip_parity': clip_parity,
 }
 """By a benchmark's name."""
 
@@ -197,6 +211,7 @@ IDENTITY = {
   'scaling': ('axis', 'what', 'method', 'of', 'experts', 'devices', 'width'),
   'checkpoint': ('kind', 'direction', 'cache', 'bytes'),
   'security': ('metric', 'task'),
+  'clip_parity': ('model', 'what'),
   'parity': ('method', 'program', 'ours', 'peer', 'problems'),
 }
 """What says that two rows are of the same measurement."""

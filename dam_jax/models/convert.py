@@ -14,33 +14,19 @@ import re
 from dam_jax.checkpoint import NameMap
 
 _VISION = [
-  ('vision_model.embeddings.class_embedding', 'embeddings/class_embedding'),
-  (
-    'vision_model.embeddings.patch_embedding.weight',
-    'embeddings/patch_embedding',
-  ),
-  (
-    'vision_model.embeddings.position_embedding.weight',
-    'embeddings/position_embedding',
-  ),
-  ('vision_model.pre_layrnorm.weight', 'pre_layernorm/scale'),
-  ('vision_model.pre_layrnorm.bias', 'pre_layernorm/bias'),
-  ('vision_model.post_layernorm.weight', 'post_layernorm/scale'),
-  ('vision_model.post_layernorm.bias', 'post_layernorm/bias'),
-  ('visual_projection.weight', 'visual_projection/kernel'),
+  ('embeddings.class_embedding', 'embeddings/class_embedding'),
+  ('embeddings.patch_embedding.weight', 'embeddings/patch_embedding'),
+  ('embeddings.position_embedding.weight', 'embeddings/position_embedding'),
+  ('pre_layrnorm.weight', 'pre_layernorm/scale'),
+  ('pre_layrnorm.bias', 'pre_layernorm/bias'),
+  ('post_layernorm.weight', 'post_layernorm/scale'),
+  ('post_layernorm.bias', 'post_layernorm/bias'),
 ]
 _TEXT = [
-  (
-    'text_model.embeddings.token_embedding.weight',
-    'embeddings/token_embedding',
-  ),
-  (
-    'text_model.embeddings.position_embedding.weight',
-    'embeddings/position_embedding',
-  ),
-  ('text_model.final_layer_norm.weight', 'final_layer_norm/scale'),
-  ('text_model.final_layer_norm.bias', 'final_layer_norm/bias'),
-  ('text_projection.weight', 'text_projection/kernel'),
+  ('embeddings.token_embedding.weight', 'embeddings/token_embedding'),
+  ('embeddings.position_embedding.weight', 'embeddings/position_embedding'),
+  ('final_layer_norm.weight', 'final_layer_norm/scale'),
+  ('final_layer_norm.bias', 'final_layer_norm/bias'),
 ]
 _BLOCK = [
   *[
@@ -63,13 +49,19 @@ _BLOCK_TO_NAME = {path: name for name, path in _BLOCK}
 
 
 class _Tower(NameMap):
-  """One tower's names with its projection, and kernels `[in, out]`."""
+  """One tower's names, and kernels `[in, out]`."""
 
-  def __init__(self, model: str, rules: Sequence[tuple[str, str]]):
-    self.ignored = (f'{model}.embeddings.position_ids',)
-    self._layers = f'{model}.encoder.layers'
-    self._to_path = dict(rules)
-    self._to_name = {path: name for name, path in rules}
+  def __init__(
+    self,
+    prefix: str,
+    rules: Sequence[tuple[str, str]],
+    *projection: str,
+  ):
+    self.ignored = (f'{prefix}embeddings.position_ids',)
+    self._layers = f'{prefix}encoder.layers'
+    self._to_path = {f'{prefix}{name}': path for name, path in rules}
+    self._to_path |= {f'{name}.weight': f'{name}/kernel' for name in projection}
+    self._to_name = {path: name for name, path in self._to_path.items()}
 
   def to_path(self, name: str) -> str | None:
     block = re.fullmatch(rf'{re.escape(self._layers)}\.(\d+)\.(.*)', name)
@@ -117,10 +109,13 @@ class _Clip(NameMap):
     return self._towers[key].axes(own) if key in self._towers else None
 
 
-clip_vision = _Tower('vision_model', _VISION)
+clip_vision = _Tower('vision_model.', _VISION, 'visual_projection')
 """The map between `dam_jax.models.clip.VisionTower` and the hub's files."""
 
-clip_text = _Tower('text_model', _TEXT)
+clip_vision_bare = _Tower('', _VISION)
+"""The same of a `CLIPVisionModel` as transformers 5 writes it."""
+
+clip_text = _Tower('text_model.', _TEXT, 'text_projection')
 """The map between `dam_jax.models.text.TextTower` and the hub's files."""
 
 clip = _Clip(vision=clip_vision, text=clip_text)

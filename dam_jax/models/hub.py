@@ -186,12 +186,7 @@ def load(
   found = snapshot(source, revision=revision)
   beside = found if files is None else snapshot(files)
   config = towers.load_config(beside.folder / 'config.json')
-  if found.repo and not any(found.folder.glob('*.safetensors')):
-    raise ValueError(
-      f'{found.repo} at {found.commit} has no safetensors, and pickles are not '
-      'read: pass a revision that has them; the Hub often has one proposed '
-      'among the pull requests, refs/pr/<number>'
-    )
+  _refuse_pickles(found)
   params = checkpoint.load_params(
     found.folder,
     name_map=convert.clip,
@@ -199,6 +194,55 @@ def load(
     dtype=dtype,
   )
   return Pretrained(config=config, params=params, files=beside)
+
+
+def load_tower(
+  source: epath.PathLike,
+  whole: Pretrained,
+  *,
+  revision: str | None = None,
+  dtype: Any = np.float32,
+) -> Params:
+  """Reads an image tower that was fine-tuned from a CLIP's.
+
+  Args:
+    source: a folder or a repository of a `CLIPVisionModelWithProjection`, or of
+      a `CLIPVisionModel`, which has no projection and gets that of `whole`.
+    whole: the CLIP.
+    revision: of the repository.
+    dtype: of floating-point parameters.
+
+  Returns:
+    Parameters in the place of `whole.params['vision']`, as NumPy arrays.
+
+  Raises:
+    ValueError: where files cannot be had or read, or weights are not of the
+      sizes of `whole`, with all differences.
+  """
+  found = snapshot(source, revision=revision)
+  _refuse_pickles(found)
+  names = checkpoint.open_model(found.folder).leaves
+  full = any(name.startswith('vision_model/') for name in names)
+  name_map = convert.clip_vision if full else convert.clip_vision_bare
+  params: Any = checkpoint.load_params(
+    found.folder, name_map=name_map, dtype=dtype
+  )
+  vision: Any = whole.params
+  vision = vision['vision']
+  params = {'visual_projection': vision['visual_projection'], **params}
+  if lines := tree.differences(vision, params, dtypes=False):
+    head = f'{source} does not fit the CLIP:'
+    raise ValueError('\n  '.join([head, *lines]))
+  return params
+
+
+def _refuse_pickles(found: Snapshot) -> None:
+  if found.repo and not any(found.folder.glob('*.safetensors')):
+    raise ValueError(
+      f'{found.repo} at {found.commit} has no safetensors, and pickles are not '
+      'read: pass a revision that has them; the Hub often has one proposed '
+      'among the pull requests, refs/pr/<number>'
+    )
 
 
 def save(

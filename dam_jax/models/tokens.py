@@ -148,9 +148,11 @@ def _of_merges(
     ]
   )
   found.add_special_tokens([_START, _END])
-  start, end = ((token, found.token_to_id(token)) for token in (_START, _END))
+  numbers = found.get_vocab()
   found.post_processor = tokenizers.processors.RobertaProcessing(
-    *(end, start), trim_offsets=False, add_prefix_space=False
+    *((_END, numbers[_END]), (_START, numbers[_START])),
+    trim_offsets=False,
+    add_prefix_space=False,
   )
   return found
 

@@ -9,7 +9,7 @@ References:
   Supervision <https://arxiv.org/abs/2103.00020>`_, 2021, section 3.1.4
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
@@ -90,7 +90,7 @@ def zero_shot_head(
       template has no place for one, or sentences are too long.
   """
   _check(names, templates, batch)
-  path = None
+  path, text = None, ''
   if cache is not None:
     about = {
       'form': _FORM,
@@ -106,7 +106,8 @@ def zero_shot_head(
     key = hashlib.sha256(text.encode()).hexdigest()
     path = pathlib.Path(cache) / f'head_{key}.safetensors'
     if path.exists():
-      return checkpoint.load_params(path)['head']
+      kept: Any = checkpoint.load_params(path)
+      return kept['head']
   texts = [fill(template, name) for name in names for template in templates]
   tokens = tokenizer(texts, truncate=truncate)
   features = _features(tower, params, _cut(tokens, tokenizer.end), batch)
@@ -138,7 +139,8 @@ def digest(params: Params) -> str:
   for path, x in sorted(tree.flatten(params).items()):
     array = np.asarray(x, order='C')
     found.update(f'{path} {array.dtype} {array.shape}\n'.encode())
-    found.update(array.reshape(-1).view(np.uint8))
+    entries: Any = array.reshape(-1).view(np.uint8)
+    found.update(entries)
   return found.hexdigest()
 
 
@@ -168,22 +170,22 @@ def _cut(tokens: np.ndarray, end: int) -> np.ndarray:
   return tokens[:, : -(-longest // _STEP) * _STEP]
 
 
-@functools.lru_cache(maxsize=8)
-def _compiled(tower: TextTower) -> Callable[[Mapping[str, Any], Any], Any]:
-  return jax.jit(lambda params, x: clip.unit(tower.apply(params, x)))
+@functools.partial(jax.jit, static_argnums=0)
+def _unit_features(tower: TextTower, params: Any, tokens: Any) -> jax.Array:
+  features: Any = tower.apply({'params': params}, tokens)
+  return clip.unit(features)
 
 
 def _features(
   tower: TextTower, params: Params, tokens: np.ndarray, batch: int
 ) -> np.ndarray:
   """Computes unit features `[N, D]` of tokens `[N, L]`, float32."""
-  features_fn = _compiled(tower)
   # Every batch is of one size, so that one program does for all.
   batch = min(batch, len(tokens))
   padded = np.pad(tokens, ((0, -len(tokens) % batch), (0, 0)), mode='edge')
-  params = {'params': jax.device_put(params)}
+  params = jax.device_put(params)
   found = [
-    np.asarray(features_fn(params, padded[i : i + batch]), np.float32)
+    np.asarray(_unit_features(tower, params, padded[i : i + batch]), np.float32)
     for i in range(0, len(padded), batch)
   ]
   return np.concatenate(found)[: len(tokens)]

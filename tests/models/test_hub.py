@@ -105,6 +105,34 @@ def test_weights_that_do_not_fit_are_named(golden, folder, tmp_path):
   assert not (tmp_path / 'b').exists()
 
 
+@pytest.mark.parametrize(
+  ('name_map', 'projected'),
+  [
+    (convert.clip_vision, True),
+    (convert.clip_vision, False),
+    (convert.clip_vision_bare, False),
+  ],
+)
+def test_tower_alone_is_read(golden, folder, tmp_path, name_map, projected):
+  model, vision = hub.load(folder), golden['legacy'].params['vision']
+  moved = jax.tree.map(lambda x: np.asarray(x) + 1, vision)
+  held = dict(moved)
+  if not projected:
+    del held['visual_projection']
+  checkpoint.save_params(
+    tmp_path / 'model.safetensors', held, name_map=name_map
+  )
+  found = hub.load_tower(tmp_path, model)
+  whose = moved if projected else model.params['vision']
+  same(found, {**moved, 'visual_projection': whose['visual_projection']})
+  del held['layers_1']['mlp']
+  checkpoint.save_params(
+    tmp_path / 'model.safetensors', held, name_map=name_map
+  )
+  with pytest.raises(ValueError, match='(?s)does not fit the CLIP.*layers_1/'):
+    hub.load_tower(tmp_path, model)
+
+
 @pytest.fixture
 def cache(folder, tmp_path, monkeypatch):
   """The Hub's cache with one repository, and no network."""
