@@ -46,6 +46,7 @@ EXPERIMENTS = [
 AOT = ['jax[tpu]>=0.8.0']
 # Install a torch for your device first: pip's own for Linux brings CUDA.
 BENCH = [
+  *CLIP,
   'fusion-bench==0.2.33',
   'matplotlib>=3.9',
   'mergekit==0.1.5',

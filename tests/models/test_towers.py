@@ -70,7 +70,7 @@ def test_gradients_are_those_of_transformers(golden):
 
 def test_features_are_unit_and_logits_their_scaled_cosines(golden):
   model = golden['new']
-  out = towers.CLIP(model.config).apply(
+  out = jax.jit(towers.CLIP(model.config).apply)(
     {'params': model.params}, model.given['pixels'], model.given['tokens']
   )
   for x in (out.images, out.texts):
