@@ -21,7 +21,9 @@ from dam_jax.models import tokens
 from dam_jax.models import towers
 from dam_jax.typing import Params
 
-_FILES = ('*.json', '*.txt', '*.safetensors', 'LICENSE*', 'README.md')
+# Of other libraries a repository may hold the same weights once more.
+_WEIGHTS = 'model*.safetensors'
+_FILES = ('*.json', '*.txt', _WEIGHTS, 'LICENSE*', 'README.md')
 _COMMIT = re.compile(r'[0-9a-f]{40}')
 # Seconds after which the Hub counts as out of reach.
 _PATIENCE = 10
@@ -123,7 +125,7 @@ def _cached(name: str, revision: str | None) -> bool:
     )
   except errors.LocalEntryNotFoundError:
     return False
-  return any(pathlib.Path(found).glob('*.safetensors'))
+  return any(pathlib.Path(found).glob(_WEIGHTS))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,7 +239,7 @@ def load_tower(
 
 
 def _refuse_pickles(found: Snapshot) -> None:
-  if found.repo and not any(found.folder.glob('*.safetensors')):
+  if found.repo and not any(found.folder.glob(_WEIGHTS)):
     raise ValueError(
       f'{found.repo} at {found.commit} has no safetensors, and pickles are not '
       'read: pass a revision that has them; the Hub often has one proposed '

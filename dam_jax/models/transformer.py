@@ -112,12 +112,12 @@ class _Attention(nn.Module):
 
     def project(x, name):
       y = nn.Dense(c.hidden_size, dtype=self.dtype, name=name)(x)
-      return y.reshape(num, -1, heads, depth)
+      return jnp.swapaxes(y.reshape(num, -1, heads, depth), 1, 2)
 
     q = project(queries, 'q_proj')
     k, v = project(x, 'k_proj'), project(x, 'v_proj')
     attend = _attend if self.attention is None else self._attend_by_jax
-    y = attend(q, k, v, causal=self.causal)
+    y = jnp.swapaxes(attend(q, k, v, causal=self.causal), 1, 2)
     return nn.Dense(c.hidden_size, dtype=self.dtype, name='out_proj')(
       y.reshape(queries.shape)
     )
@@ -128,21 +128,23 @@ class _Attention(nn.Module):
       raise ValueError(
         f'cudnn attends in bfloat16 or float16, the tower computes in {q.dtype}'
       )
-    return jax.nn.dot_product_attention(
-      q, k, v, is_causal=causal, implementation=self.attention
+    y = jax.nn.dot_product_attention(
+      *(jnp.swapaxes(x, 1, 2) for x in (q, k, v)),
+      is_causal=causal,
+      implementation=self.attention,
     )
+    return jnp.swapaxes(y, 1, 2)
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool):
-  """Attends `[N, tokens, heads, depth]`, softmax in float32 at least."""
-  q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+  """Attends `[N, heads, tokens, depth]`, softmax in float32 at least."""
   scores = jnp.einsum('nhqd,nhkd->nhqk', q * q.shape[-1] ** -0.5, k)
   scores = scores.astype(np.promote_types(scores.dtype, np.float32))
   if causal:
     past = np.tri(scores.shape[2], dtype=bool)[None, None]
     scores = jnp.where(past, scores, jnp.finfo(scores.dtype).min)
   weights = jax.nn.softmax(scores).astype(v.dtype)
-  return jnp.swapaxes(jnp.einsum('nhqk,nhkd->nhqd', weights, v), 1, 2)
+  return jnp.einsum('nhqk,nhkd->nhqd', weights, v)
 
 
 class _MLP(nn.Module):
