@@ -32,6 +32,8 @@ DATA = [
   'scikit-learn>=1.5',
   'tensorflow-datasets>=4.9.9',
 ]
+# Whole CLIPs from the Hub, and their tokenizers.
+CLIP = ['huggingface_hub>=1.0', 'tokenizers>=0.22']
 # `python -m experiments.merge`, its tables, pictures and pages.
 EXPERIMENTS = [
   'jinja2>=3.1',
@@ -44,6 +46,7 @@ EXPERIMENTS = [
 AOT = ['jax[tpu]>=0.8.0']
 # Install a torch for your device first: pip's own for Linux brings CUDA.
 BENCH = [
+  *CLIP,
   'fusion-bench==0.2.33',
   'matplotlib>=3.9',
   'mergekit==0.1.5',
@@ -53,6 +56,7 @@ BENCH = [
   'transformers>=5.0',
 ]
 TEST = [
+  *CLIP,
   *DATA,
   *EXPERIMENTS,
   'dm-haiku>=0.0.14',  # examples of docs/compose.md
@@ -86,12 +90,13 @@ setup(
   package_data={'dam_jax': ['py.typed']},
   install_requires=CORE,
   extras_require={
+    'clip': CLIP,
     'data': DATA,
     'experiments': EXPERIMENTS,
     'aot': unique(EXPERIMENTS, AOT),
     'bench': BENCH,
     'test': unique(TEST),
-    'all': unique(DATA, EXPERIMENTS, TEST),
+    'all': unique(CLIP, DATA, EXPERIMENTS, TEST),
   },
   classifiers=[
     'Development Status :: 3 - Alpha',

@@ -34,6 +34,9 @@ class Benchmark(NamedTuple):
 PEERS = ('fusion_bench_python', 'mergekit_python')
 BENCHMARKS = {
   'parity': Benchmark(takes=PEERS, any_of=PEERS),
+  'clip_parity': Benchmark(
+    takes=('torch_python', 'pool'), needs=('torch_python',)
+  ),
   'bench_merge': Benchmark(takes=PEERS, argv=('--methods=all',)),
   'bench_meta_step': Benchmark(takes=('torch_python', *PEERS[:1])),
   'bench_scaling': Benchmark(),

@@ -177,6 +177,19 @@ def parity(rows: Sequence[Row]) -> str:
   return markdown(['method', *programs, 'verdict'], lines)
 
 
+def clip_parity(rows: Sequence[Row]) -> str:
+  """The largest error of each comparison with transformers' CLIP."""
+  lines = [
+    [
+      *(row['model'], row['what'], f'{row["error"]:.1e}'),
+      '' if row['limit'] is None else f'{row["limit"]:.0e}',
+      row['verdict'],
+    ]
+    for row in rows
+  ]
+  return markdown(['model', 'compared', 'error', 'limit', 'verdict'], lines)
+
+
 def security(rows: Sequence[Row]) -> str:
   """ACC and ASR with intervals, per cent."""
   lines = [
@@ -201,6 +214,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
   'input': images,
   'security': security,
   'parity': parity,
+  'clip_parity': clip_parity,
 }
 """By a benchmark's name."""
 
@@ -211,6 +225,7 @@ IDENTITY = {
   'checkpoint': ('kind', 'direction', 'cache', 'bytes'),
   'input': ('kind', 'threads', 'batch', 'device'),
   'security': ('metric', 'task'),
+  'clip_parity': ('model', 'what'),
   'parity': ('method', 'program', 'ours', 'peer', 'problems'),
 }
 """What says that two rows are of the same measurement."""

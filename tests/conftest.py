@@ -29,7 +29,7 @@ def pytest_addoption(parser):
     metavar='FOLDER',
     help='arrays of the reference implementation to compare with',
   )
-  for peer in ('fusion_bench', 'mergekit'):
+  for peer in ('fusion_bench', 'mergekit', 'torch'):
     parser.addoption(
       f'--{peer}_python',
       default='',

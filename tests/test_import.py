@@ -11,12 +11,14 @@ ROOT = Path(__file__).parents[1]
 HEAVY = (
   'flax',
   'grain',
+  'huggingface_hub',
   'matplotlib',
   'orbax',
   'rich',
   'sklearn',
   'tensorflow',
   'tensorflow_datasets',
+  'tokenizers',
 )
 PROBE = """
 import json, sys, time

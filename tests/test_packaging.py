@@ -152,11 +152,11 @@ def test_versions_agree(metadata):
 @pytest.mark.parametrize(
   ('pattern', 'extras'),
   [
-    ('dam_jax/**/*.py', ['data', 'experiments']),
+    ('dam_jax/**/*.py', ['clip', 'data', 'experiments']),
     ('dam_jax/data/*.py', ['data']),
     ('dam_jax/*.py', []),
     ('dam_jax/checkpoint/*.py', []),
-    ('dam_jax/models/*.py', []),
+    ('dam_jax/models/*.py', ['clip']),
     ('experiments/**/*.py', ['experiments']),
     ('configs/**/*.py', ['experiments']),
     ('benchmarks/**/*.py', ['bench']),

@@ -21,7 +21,6 @@ References:
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import json
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -31,6 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dam_jax.losses import MASKED_LOGIT
+from dam_jax.models import configs
+from dam_jax.models import transformer
 from dam_jax.typing import LogitsFn, Params, TaskLogitsFn
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -40,19 +41,8 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 """Of CLIP's training images, by channel."""
 
 
-def _quick_gelu(x: jax.Array) -> jax.Array:
-  return x * jax.nn.sigmoid(1.702 * x)
-
-
-def _gelu(x: jax.Array) -> jax.Array:
-  return jax.nn.gelu(x, approximate=False)
-
-
-_ACTIVATIONS = {'quick_gelu': _quick_gelu, 'gelu': _gelu}
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VisionConfig:
+class VisionConfig(transformer.BlockConfig):
   """Sizes of an image tower, in Hugging Face's names.
 
   Attributes:
@@ -68,43 +58,21 @@ class VisionConfig:
     layer_norm_eps: added to variances.
   """
 
-  hidden_size: int
-  intermediate_size: int
-  num_hidden_layers: int
-  num_attention_heads: int
+  tower = 'vision'
+
   image_size: int
   patch_size: int
-  projection_dim: int
   num_channels: int = 3
-  hidden_act: str = 'quick_gelu'
-  layer_norm_eps: float = 1e-5
 
   def __post_init__(self):
-    sizes = dataclasses.asdict(self)
-    lines = [
-      f'{name} must be positive, got {size}'
-      for name, size in sizes.items()
-      if isinstance(size, (int, float)) and not size > 0
-    ]
-    if lines:
-      raise ValueError('\n  '.join(['a CLIP image tower:', *lines]))
-    if self.hidden_act not in _ACTIVATIONS:
-      lines.append(
-        f'hidden_act must be one of {tuple(_ACTIVATIONS)}, '
-        f'got {self.hidden_act!r}'
-      )
-    if self.hidden_size % self.num_attention_heads:
-      lines.append(
-        f'hidden_size {self.hidden_size} does not divide into '
-        f'{self.num_attention_heads} heads'
-      )
+    what = 'a CLIP image tower'
+    lines = self.check(what)
     if self.image_size % self.patch_size:
       lines.append(
         f'image_size {self.image_size} does not divide into patches of '
         f'{self.patch_size}'
       )
-    if lines:
-      raise ValueError('\n  '.join(['a CLIP image tower:', *lines]))
+    transformer.raise_if(lines, what)
 
   @property
   def num_tokens(self) -> int:
@@ -129,22 +97,7 @@ def load_config(path: epath.PathLike) -> VisionConfig:
   Raises:
     ValueError: where the file is no such config; names what is missing.
   """
-  try:
-    raw = json.loads(epath.Path(path).read_text())
-  except json.JSONDecodeError as e:
-    raise ValueError(f'{path} is not JSON: {e}') from e
-  raw = {**raw, **raw.get('vision_config', {})} | {
-    key: raw[key] for key in ('projection_dim',) if key in raw
-  }
-  fields = dataclasses.fields(VisionConfig)
-  missing = [
-    f.name
-    for f in fields
-    if f.default is dataclasses.MISSING and f.name not in raw
-  ]
-  if missing:
-    raise ValueError(f'{path} lacks {", ".join(missing)}')
-  return VisionConfig(**{f.name: raw[f.name] for f in fields if f.name in raw})
+  return configs.read(path, VisionConfig)
 
 
 def _preset(width: int, layers: int, patch: int, projection: int):
@@ -182,74 +135,6 @@ def normalize(images: jax.Array) -> jax.Array:
   mean = jnp.asarray(MEAN, images.dtype).reshape(*lead, 3)
   std = jnp.asarray(STD, images.dtype).reshape(*lead, 3)
   return (images - mean) / std
-
-
-class _Attention(nn.Module):
-  config: VisionConfig
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array, queries: jax.Array) -> jax.Array:
-    """Attends within each image; `[N * tokens, width]`, queries alike."""
-    c = self.config
-    heads, depth = c.num_attention_heads, c.hidden_size // c.num_attention_heads
-    num = x.shape[0] // c.num_tokens
-
-    def project(x, name):
-      y = nn.Dense(c.hidden_size, dtype=self.dtype, name=name)(x)
-      return jnp.swapaxes(y.reshape(num, -1, heads, depth), 1, 2)
-
-    q = project(queries, 'q_proj')
-    k, v = project(x, 'k_proj'), project(x, 'v_proj')
-    scores = jnp.einsum('nhqd,nhkd->nhqk', q * depth**-0.5, k)
-    wide = np.promote_types(scores.dtype, np.float32)
-    weights = jax.nn.softmax(scores.astype(wide)).astype(v.dtype)
-    y = jnp.swapaxes(jnp.einsum('nhqk,nhkd->nhqd', weights, v), 1, 2)
-    return nn.Dense(c.hidden_size, dtype=self.dtype, name='out_proj')(
-      y.reshape(queries.shape)
-    )
-
-
-class _MLP(nn.Module):
-  config: VisionConfig
-  dtype: Any
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    c = self.config
-    x = nn.Dense(c.intermediate_size, dtype=self.dtype, name='fc1')(x)
-    # Gradients compute it again, see `_layer_norm`.
-    x = jax.checkpoint(_ACTIVATIONS[c.hidden_act])(x)
-    return nn.Dense(c.hidden_size, dtype=self.dtype, name='fc2')(x)
-
-
-def _layer_norm(config: VisionConfig, dtype: Any, name: str) -> nn.LayerNorm:
-  # Gradients compute it again from its input. Together with the activations'
-  # that saves a quarter of the memory and, on a CPU, a tenth of a step's time.
-  return nn.remat(nn.LayerNorm)(
-    epsilon=config.layer_norm_eps,
-    dtype=dtype,
-    use_fast_variance=False,
-    name=name,
-  )
-
-
-class _Block(nn.Module):
-  config: VisionConfig
-  dtype: Any
-  every_token: bool = True
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps `[N * tokens, width]` to the same, or to the first token's alone."""
-    c, dtype = self.config, self.dtype
-    y = _layer_norm(c, dtype, 'layer_norm1')(x)
-    queries = y
-    if not self.every_token:
-      x, queries = x[:: c.num_tokens], y[:: c.num_tokens]
-    x = x + _Attention(c, dtype, name='self_attn')(y, queries)
-    y = _layer_norm(c, dtype, 'layer_norm2')(x)
-    return x + _MLP(c, dtype, name='mlp')(y)
 
 
 class _Embeddings(nn.Module):
@@ -292,12 +177,16 @@ class VisionTower(nn.Module):
     every_token: let the last block compute all tokens, for those who capture
       them. Features read the class token alone, and a block without the others
       does a sixth of its work.
+    attention: None computes it here, as a product, a softmax and a product;
+      'xla' and 'cudnn' are those of `jax.nn.dot_product_attention`. cuDNN's
+      flash attention needs an NVIDIA GPU and a `dtype` of half precision.
   """
 
   config: VisionConfig
   dtype: Any = None
   scan_layers: bool = False
   every_token: bool = False
+  attention: transformer.Implementation | None = None
 
   @nn.compact
   def __call__(self, pixels: jax.Array) -> jax.Array:
@@ -316,34 +205,25 @@ class VisionTower(nn.Module):
         f'{list(c.image_shape)}'
       )
     x = _Embeddings(c, dtype, name='embeddings')(pixels)
-    # Products over [N * tokens, width] are faster on a CPU, backwards above
-    # all, than over [N, tokens, width].
     x = x.reshape(-1, c.hidden_size)
-    x = _layer_norm(c, dtype, 'pre_layernorm')(x)
-    names = [f'layers_{i}' for i in range(c.num_hidden_layers)]
-    blocks = [_Block(c, dtype, name=name) for name in names[:-1]]
+    x = transformer.layer_norm(c, dtype, 'pre_layernorm')(x)
+    shared = {'tokens': c.num_tokens, 'attention': self.attention}
+    *most, last = (f'layers_{i}' for i in range(c.num_hidden_layers))
+    blocks = [transformer.Block(c, dtype, **shared, name=x) for x in most]
     if self.scan_layers and not self.is_initializing() and blocks:
-      x = self._scan(blocks, x)
+      x = transformer.scan(blocks, x)
     else:
       for block in blocks:
         x = block(x)
-    x = _Block(c, dtype, self.every_token, name=names[-1])(x)
+    x = transformer.Block(
+      c, dtype, every_token=self.every_token, **shared, name=last
+    )(x)
     x = x[:: c.num_tokens] if self.every_token else x
-    x = _layer_norm(c, dtype, 'post_layernorm')(x)
+    x = transformer.layer_norm(c, dtype, 'post_layernorm')(x)
     x = nn.Dense(
       c.projection_dim, use_bias=False, dtype=dtype, name='visual_projection'
     )(x)
     return x.astype(np.promote_types(x.dtype, np.float32))
-
-  def _scan(self, blocks: Sequence[_Block], x: jax.Array) -> jax.Array:
-    each = [block.variables['params'] for block in blocks]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
-    block = _Block(self.config, self.dtype, parent=None)
-
-    def apply(x, params) -> tuple[Any, None]:
-      return block.apply({'params': params}, x), None
-
-    return jax.lax.scan(apply, x, stacked)[0]
 
 
 class Heads(NamedTuple):

@@ -1,9 +1,11 @@
-"""Names and layouts of CLIP image towers on the Hugging Face hub.
+"""Names and layouts of CLIP on the Hugging Face hub: its towers, and both.
 
 >>> clip_vision.to_path('vision_model.encoder.layers.3.mlp.fc1.weight')
 'layers_3/mlp/fc1/kernel'
 >>> clip_vision.to_name('visual_projection/kernel')
 'visual_projection.weight'
+>>> clip.to_path('text_model.encoder.layers.3.mlp.fc1.weight')
+'text/layers_3/mlp/fc1/kernel'
 """
 
 from collections.abc import Sequence
@@ -11,22 +13,20 @@ import re
 
 from dam_jax.checkpoint import NameMap
 
-# Regular expressions for both directions; `{}` stands for a number or a name.
-_RULES = [
-  ('vision_model.embeddings.class_embedding', 'embeddings/class_embedding'),
-  (
-    'vision_model.embeddings.patch_embedding.weight',
-    'embeddings/patch_embedding',
-  ),
-  (
-    'vision_model.embeddings.position_embedding.weight',
-    'embeddings/position_embedding',
-  ),
-  ('vision_model.pre_layrnorm.weight', 'pre_layernorm/scale'),
-  ('vision_model.pre_layrnorm.bias', 'pre_layernorm/bias'),
-  ('vision_model.post_layernorm.weight', 'post_layernorm/scale'),
-  ('vision_model.post_layernorm.bias', 'post_layernorm/bias'),
-  ('visual_projection.weight', 'visual_projection/kernel'),
+_VISION = [
+  ('embeddings.class_embedding', 'embeddings/class_embedding'),
+  ('embeddings.patch_embedding.weight', 'embeddings/patch_embedding'),
+  ('embeddings.position_embedding.weight', 'embeddings/position_embedding'),
+  ('pre_layrnorm.weight', 'pre_layernorm/scale'),
+  ('pre_layrnorm.bias', 'pre_layernorm/bias'),
+  ('post_layernorm.weight', 'post_layernorm/scale'),
+  ('post_layernorm.bias', 'post_layernorm/bias'),
+]
+_TEXT = [
+  ('embeddings.token_embedding.weight', 'embeddings/token_embedding'),
+  ('embeddings.position_embedding.weight', 'embeddings/position_embedding'),
+  ('final_layer_norm.weight', 'final_layer_norm/scale'),
+  ('final_layer_norm.bias', 'final_layer_norm/bias'),
 ]
 _BLOCK = [
   *[
@@ -44,30 +44,38 @@ _BLOCK = [
     for theirs, ours in (('weight', 'kernel'), ('bias', 'bias'))
   ],
 ]
-_TO_PATH = dict(_RULES)
-_TO_NAME = {path: name for name, path in _RULES}
 _BLOCK_TO_PATH = dict(_BLOCK)
 _BLOCK_TO_NAME = {path: name for name, path in _BLOCK}
 
 
-class _ClipVision(NameMap):
-  """`CLIPVisionModelWithProjection`'s names, and kernels `[in, out]`."""
+class _Tower(NameMap):
+  """One tower's names, and kernels `[in, out]`."""
 
-  ignored = ('vision_model.embeddings.position_ids',)
+  def __init__(
+    self,
+    prefix: str,
+    rules: Sequence[tuple[str, str]],
+    *projection: str,
+  ):
+    self.ignored = (f'{prefix}embeddings.position_ids',)
+    self._layers = f'{prefix}encoder.layers'
+    self._to_path = {f'{prefix}{name}': path for name, path in rules}
+    self._to_path |= {f'{name}.weight': f'{name}/kernel' for name in projection}
+    self._to_name = {path: name for name, path in self._to_path.items()}
 
   def to_path(self, name: str) -> str | None:
-    block = re.fullmatch(r'vision_model\.encoder\.layers\.(\d+)\.(.*)', name)
+    block = re.fullmatch(rf'{re.escape(self._layers)}\.(\d+)\.(.*)', name)
     if not block:
-      return _TO_PATH.get(name)
+      return self._to_path.get(name)
     path = _BLOCK_TO_PATH.get(block[2])
     return path and f'layers_{block[1]}/{path}'
 
   def to_name(self, path: str) -> str | None:
     block = re.fullmatch(r'layers_(\d+)/(.*)', path)
     if not block:
-      return _TO_NAME.get(path)
+      return self._to_name.get(path)
     name = _BLOCK_TO_NAME.get(block[2])
-    return name and f'vision_model.encoder.layers.{block[1]}.{name}'
+    return name and f'{self._layers}.{block[1]}.{name}'
 
   def axes(self, path: str) -> Sequence[int] | None:
     if path == 'embeddings/patch_embedding':
@@ -75,5 +83,40 @@ class _ClipVision(NameMap):
     return (1, 0) if path.endswith('/kernel') else None
 
 
-clip_vision = _ClipVision()
+class _Clip(NameMap):
+  """`CLIPModel`'s names: each tower's, its paths below the tower's name."""
+
+  _SCALE = 'logit_scale'
+
+  def __init__(self, **towers: NameMap):
+    self._towers = towers
+    self.ignored = [x for tower in towers.values() for x in tower.ignored]
+
+  def to_path(self, name: str) -> str | None:
+    if name == self._SCALE:
+      return name
+    found = {key: x.to_path(name) for key, x in self._towers.items()}
+    return next((f'{key}/{x}' for key, x in found.items() if x), None)
+
+  def to_name(self, path: str) -> str | None:
+    if path == self._SCALE:
+      return path
+    key, _, own = path.partition('/')
+    return self._towers[key].to_name(own) if key in self._towers else None
+
+  def axes(self, path: str) -> Sequence[int] | None:
+    key, _, own = path.partition('/')
+    return self._towers[key].axes(own) if key in self._towers else None
+
+
+clip_vision = _Tower('vision_model.', _VISION, 'visual_projection')
 """The map between `dam_jax.models.clip.VisionTower` and the hub's files."""
+
+clip_vision_bare = _Tower('', _VISION)
+"""The same of a `CLIPVisionModel` as transformers 5 writes it."""
+
+clip_text = _Tower('text_model.', _TEXT, 'text_projection')
+"""The map between `dam_jax.models.text.TextTower` and the hub's files."""
+
+clip = _Clip(vision=clip_vision, text=clip_text)
+"""The map between `dam_jax.models.towers.CLIP` and the hub's files."""

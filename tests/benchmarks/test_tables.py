@@ -72,6 +72,13 @@ ROWS = {
       **{'peer': [0.7, 0.6, 0.8], 'difference': [0.0, -0.01, 0.01]},
     }
   ],
+  'clip_parity': [
+    {
+      **{'model': 'vit_b32', 'what': 'logits', 'error': 2e-7},
+      **{'limit': limit, 'verdict': verdict},
+    }
+    for limit, verdict in ((1e-5, 'same'), (None, 'measured'))
+  ],
   'parity': [
     {
       **{'method': 'ties', 'program': program, 'verdict': 'same'},
@@ -91,6 +98,7 @@ SAID = {
   'checkpoint': '| orbax | restore | dropped (0% stay) | 4e+03 | 2 | 2 | 50% |',
   'input': '| png_32 | 2 | 500 | 3 |',
   'security': '| ACC, mean | 70.0 (60.0 to 80.0) |',
+  'clip_parity': '| vit_b32 | logits | 2.0e-07 | 1e-05 | same |',
   'parity': '| ties | 2.0e-07 | 3.0e-08 | same |',
 }
 

@@ -201,7 +201,7 @@ def test_config_is_read_from_a_tower_or_a_whole_clip(tmp_path):
   with pytest.raises(ValueError, match='lacks hidden_size, patch_size'):
     clip.load_config(path)
   path.write_text('{')
-  with pytest.raises(ValueError, match='config.json is not JSON'):
+  with pytest.raises(ValueError, match='config.json: not readable as JSON'):
     clip.load_config(path)
 
 

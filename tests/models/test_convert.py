@@ -34,6 +34,15 @@ NAMES = [
   'visual_projection.weight',
 ]
 """Of `CLIPVisionModelWithProjection`'s parameters, ViT-B/32."""
+TEXT_NAMES = [
+  'text_model.embeddings.token_embedding.weight',
+  'text_model.embeddings.position_embedding.weight',
+  *[f'text_model.encoder.layers.{i}.{n}' for i in range(2) for n in LAYER],
+  'text_model.final_layer_norm.weight',
+  'text_model.final_layer_norm.bias',
+  'text_projection.weight',
+]
+"""Of `CLIPTextModelWithProjection`'s parameters, of two layers."""
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +58,24 @@ def test_names_map_both_ways(leaves):
   assert sorted(map(to_name, leaves)) == sorted(NAMES)
   assert sorted(map(to_path, NAMES)) == sorted(leaves)
   assert all(to_path(to_name(path)) == path for path in leaves)
+
+
+def test_names_of_texts_and_of_both_towers_map_both_ways(golden):
+  leaves = tree.flatten(golden['new'].params)
+  texts = tree.flatten(golden['new'].params['text'])
+  assert sorted(map(convert.clip_text.to_name, texts)) == sorted(TEXT_NAMES)
+  names = [convert.clip.to_name(path) for path in leaves]
+  assert {*TEXT_NAMES, 'logit_scale'} < set(names)
+  layers = [f'vision_model.encoder.layers.{i}.' for i in range(2, 12)]
+  images = [x for x in NAMES if not x.startswith(tuple(layers))]
+  assert sorted(names) == sorted([*images, *TEXT_NAMES, 'logit_scale'])
+  assert [convert.clip.to_path(name) for name in names] == list(leaves)
+  for path in texts:
+    axes = convert.clip_text.axes(path)
+    assert axes == convert.clip.axes(f'text/{path}')
+    assert axes == ((1, 0) if path.endswith('kernel') else None)
+  assert convert.clip.axes('vision/embeddings/patch_embedding') == (2, 3, 1, 0)
+  assert convert.clip.axes('logit_scale') is None
 
 
 def test_layouts_are_those_of_torch(leaves):
@@ -88,6 +115,18 @@ def test_layouts_are_those_of_torch(leaves):
 )
 def test_other_names_are_unknown(name):
   assert convert.clip_vision.to_path(name) is None
+
+
+@pytest.mark.parametrize(
+  'name', ['classifier.weight', 'text_model.encoder.layers.0.mlp.fc3.weight']
+)
+def test_other_names_are_unknown_to_both_towers(name):
+  assert convert.clip.to_path(name) is None
+
+
+@pytest.mark.parametrize('path', ['head', 'head/kernel', 'text/head/kernel'])
+def test_other_paths_are_unknown_to_both_towers(path):
+  assert convert.clip.to_name(path) is None
 
 
 @pytest.mark.parametrize(
