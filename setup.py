@@ -33,7 +33,7 @@ DATA = [
   'tensorflow-datasets>=4.9.9',
 ]
 # Whole CLIPs from the Hub, and their tokenizers.
-CLIP = ['huggingface_hub>=1.0', 'tokenizers>=0.22']
+CLIP = ['huggingface_hub>=1.0', 'tokenizers>=0.22.1']
 # `python -m experiments.merge`, its tables, pictures and pages.
 EXPERIMENTS = [
   'jinja2>=3.1',

@@ -35,6 +35,9 @@ _TOKENIZER = flags.DEFINE_string(
   'tokenizer', '', 'folder of a tokenizer; none: one of a few words'
 )
 _NUM = flags.DEFINE_integer('num', 4, 'images, and texts')
+_SCAN = flags.DEFINE_bool(
+  'scan_layers', False, 'compile one block of ours and loop over it'
+)
 _FOLDER = flags.DEFINE_string('folder', '', 'keep the files here')
 _QUICK = flags.DEFINE_bool('quick', False, 'a tiny CLIP')
 _OUT = flags.DEFINE_string('out', '', 'file to append a line a row to')
@@ -48,7 +51,9 @@ def _rows(folder: Path):
     pool = Path(_POOL.value)
     yield from clip_runs.tower(pool, python, folder / 'pool', _NUM.value)
   for name in _MODELS.value:
-    yield from clip_runs.whole(name, python, folder / name, _NUM.value)
+    yield from clip_runs.whole(
+      *(name, python, folder / name, _NUM.value), scan_layers=_SCAN.value
+    )
 
 
 def main(argv):

@@ -78,12 +78,12 @@ def gradient_errors(ours: Arrays, theirs: Arrays) -> dict[str, float]:
 
 
 def compute(
-  model: hub.Pretrained, given: Arrays, dtype: Any = None
+  model: hub.Pretrained, given: Arrays, **options: Any
 ) -> tuple[dict[str, jax.Array], dict[str, np.ndarray]]:
   """Returns features and logits, and the gradients that theirs computes."""
-  whole = towers.CLIP(model.config, dtype=dtype)
-  vision = clip.VisionTower(model.config.vision, dtype=dtype)
-  words = text.TextTower(model.config.text, dtype=dtype)
+  whole = towers.CLIP(model.config, **options)
+  vision = clip.VisionTower(model.config.vision, **options)
+  words = text.TextTower(model.config.text, **options)
 
   def apply(params):
     pixels, tokens = given['pixels'], given['tokens']
@@ -165,7 +165,9 @@ def versions(folder: Path) -> dict[str, str]:
   return json.loads(found[0].read_text()) if found else {}
 
 
-def whole(name: str, python: str, folder: Path, num: int) -> Iterator[Row]:
+def whole(
+  name: str, python: str, folder: Path, num: int, *, scan_layers: bool = False
+) -> Iterator[Row]:
   """Compares a whole CLIP, made by transformers, and what it opens of ours.
 
   Args:
@@ -173,6 +175,7 @@ def whole(name: str, python: str, folder: Path, num: int) -> Iterator[Row]:
     python: that has torch and transformers.
     folder: for files.
     num: images, and texts.
+    scan_layers: of ours, which else takes minutes to compile.
   """
   given = problem.inputs(problem.SIZES[name], num)
   _inputs(folder, given)
@@ -180,8 +183,10 @@ def whole(name: str, python: str, folder: Path, num: int) -> Iterator[Row]:
   ask(python, folder, config=config, model='theirs', out='out', **files)
   model = hub.load(folder / 'theirs')
   theirs = _outputs(folder / 'out')
-  half, _ = compute(model, given, jnp.bfloat16)
-  yield from _compare(name, *compute(model, given), half, theirs)
+  options = {'scan_layers': scan_layers}
+  half, _ = compute(model, given, dtype=jnp.bfloat16, **options)
+  found = compute(model, given, **options)
+  yield from _compare(name, *found, half, theirs)
   hub.save(folder / 'ours', model)
   ask(python, folder, model='ours', out='again', more=False, **files)
   again = _outputs(folder / 'again')

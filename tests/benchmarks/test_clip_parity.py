@@ -65,29 +65,22 @@ def test_problem_is_the_same_again_and_has_a_wrong_end():
   assert one['by/texts'].shape == (3, 6)
 
 
-def command(*argv):
-  return subprocess.run(
-    [sys.executable, '-m', 'benchmarks.clip_parity', *argv],
+def test_transformers_agrees(request, tmp_path):
+  python = request.config.getoption('torch_python')
+  if not python:
+    pytest.skip('no environment with transformers: pass --torch_python=')
+  out = tmp_path / 'out.jsonl'
+  done = subprocess.run(
+    [
+      *(sys.executable, '-m', 'benchmarks.clip_parity', '--quick'),
+      *(f'--torch_python={python}', f'--out={out}'),
+    ],
     cwd=runs.ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
     check=False,
   )
-
-
-def test_command_needs_a_peer():
-  done = command()
-  assert done.returncode
-  assert 'give --torch_python' in done.stdout
-
-
-def test_transformers_agrees(request, tmp_path):
-  python = request.config.getoption('torch_python')
-  if not python:
-    pytest.skip('no environment with transformers: pass --torch_python=')
-  out = tmp_path / 'out.jsonl'
-  done = command('--quick', f'--torch_python={python}', f'--out={out}')
   assert done.returncode == 0, done.stdout
   rows = records.read(str(out), 'clip_parity')
   assert {'same', 'measured'} == {row['verdict'] for row in rows}
