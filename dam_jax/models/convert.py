@@ -1,18 +1,21 @@
-"""Names and layouts of CLIP image towers on the Hugging Face hub.
+"""Names and layouts of encoders on the Hugging Face hub.
 
 >>> clip_vision.to_path('vision_model.encoder.layers.3.mlp.fc1.weight')
 'layers_3/mlp/fc1/kernel'
 >>> clip_vision.to_name('visual_projection/kernel')
 'visual_projection.weight'
+>>> bert.to_path('encoder.layer.3.attention.self.query.weight')
+'layers_3/attention/query/kernel'
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import re
+from types import MappingProxyType
 
 from dam_jax.checkpoint import NameMap
 
-# Regular expressions for both directions; `{}` stands for a number or a name.
-_RULES = [
+# Names and paths.
+_CLIP_RULES = [
   ('vision_model.embeddings.class_embedding', 'embeddings/class_embedding'),
   (
     'vision_model.embeddings.patch_embedding.weight',
@@ -28,7 +31,7 @@ _RULES = [
   ('vision_model.post_layernorm.bias', 'post_layernorm/bias'),
   ('visual_projection.weight', 'visual_projection/kernel'),
 ]
-_BLOCK = [
+_CLIP_BLOCK = [
   *[
     (f'layer_norm{i}.{theirs}', f'layer_norm{i}/{ours}')
     for i in (1, 2)
@@ -44,36 +47,103 @@ _BLOCK = [
     for theirs, ours in (('weight', 'kernel'), ('bias', 'bias'))
   ],
 ]
-_TO_PATH = dict(_RULES)
-_TO_NAME = {path: name for name, path in _RULES}
-_BLOCK_TO_PATH = dict(_BLOCK)
-_BLOCK_TO_NAME = {path: name for name, path in _BLOCK}
+_BERT_RULES = [
+  *[
+    (f'embeddings.{kind}_embeddings.weight', f'embeddings/{kind}/embedding')
+    for kind in ('word', 'position', 'token_type')
+  ],
+  ('embeddings.LayerNorm.weight', 'embeddings/norm/scale'),
+  ('embeddings.LayerNorm.bias', 'embeddings/norm/bias'),
+]
+_BERT_BLOCK = [
+  *[
+    (f'{theirs}.{kind}', f'{ours}/{leaf}')
+    for theirs, ours in (
+      ('attention.self.query', 'attention/query'),
+      ('attention.self.key', 'attention/key'),
+      ('attention.self.value', 'attention/value'),
+      ('attention.output.dense', 'attention/out'),
+      ('intermediate.dense', 'fc1'),
+      ('output.dense', 'fc2'),
+    )
+    for kind, leaf in (('weight', 'kernel'), ('bias', 'bias'))
+  ],
+  *[
+    (f'{theirs}.{kind}', f'{ours}/{leaf}')
+    for theirs, ours in (
+      ('attention.output.LayerNorm', 'attention_norm'),
+      ('output.LayerNorm', 'mlp_norm'),
+    )
+    for kind, leaf in (('weight', 'scale'), ('bias', 'bias'))
+  ],
+]
 
 
-class _ClipVision(NameMap):
-  """`CLIPVisionModelWithProjection`'s names, and kernels `[in, out]`."""
+class _Blocks(NameMap):
+  """Names of an encoder of numbered blocks, and kernels `[in, out]`.
 
-  ignored = ('vision_model.embeddings.position_ids',)
+  Args:
+    prefix: of the blocks' names, before the number.
+    rules: names and paths outside of blocks.
+    block: names and paths inside of one.
+    turned: axes of leaves by path, beside kernels.
+    ignored: names of tensors that are not read.
+  """
+
+  def __init__(
+    self,
+    prefix: str,
+    rules: Sequence[tuple[str, str]],
+    block: Sequence[tuple[str, str]],
+    *,
+    turned: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ignored: Sequence[str] = (),
+  ):
+    self.ignored = ignored
+    self._prefix, self._turned = prefix, turned
+    self._to_path, self._block_to_path = dict(rules), dict(block)
+    self._to_name = {path: name for name, path in rules}
+    self._block_to_name = {path: name for name, path in block}
 
   def to_path(self, name: str) -> str | None:
-    block = re.fullmatch(r'vision_model\.encoder\.layers\.(\d+)\.(.*)', name)
+    block = re.fullmatch(rf'{re.escape(self._prefix)}(\d+)\.(.*)', name)
     if not block:
-      return _TO_PATH.get(name)
-    path = _BLOCK_TO_PATH.get(block[2])
+      return self._to_path.get(name)
+    path = self._block_to_path.get(block[2])
     return path and f'layers_{block[1]}/{path}'
 
   def to_name(self, path: str) -> str | None:
     block = re.fullmatch(r'layers_(\d+)/(.*)', path)
     if not block:
-      return _TO_NAME.get(path)
-    name = _BLOCK_TO_NAME.get(block[2])
-    return name and f'vision_model.encoder.layers.{block[1]}.{name}'
+      return self._to_name.get(path)
+    name = self._block_to_name.get(block[2])
+    return name and f'{self._prefix}{block[1]}.{name}'
 
   def axes(self, path: str) -> Sequence[int] | None:
-    if path == 'embeddings/patch_embedding':
-      return (2, 3, 1, 0)
+    if path in self._turned:
+      return self._turned[path]
     return (1, 0) if path.endswith('/kernel') else None
 
 
-clip_vision = _ClipVision()
-"""The map between `dam_jax.models.clip.VisionTower` and the hub's files."""
+clip_vision = _Blocks(
+  'vision_model.encoder.layers.',
+  _CLIP_RULES,
+  _CLIP_BLOCK,
+  turned={'embeddings/patch_embedding': (2, 3, 1, 0)},
+  ignored=('vision_model.embeddings.position_ids',),
+)
+"""`CLIPVisionModelWithProjection`'s names, `dam_jax.models.clip.VisionTower`'s
+paths."""
+
+bert = _Blocks(
+  'encoder.layer.',
+  _BERT_RULES,
+  _BERT_BLOCK,
+  ignored=(
+    'embeddings.position_ids',
+    'pooler.dense.weight',
+    'pooler.dense.bias',
+  ),
+)
+"""`BertModel`'s names without its pooler, `dam_jax.models.bert.Encoder`'s
+paths."""
