@@ -1,5 +1,6 @@
 """What the security metrics count, on predictions made by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

