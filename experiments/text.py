@@ -63,6 +63,7 @@ KEYS = {
   'merge_batch': 'texts a task and draw of a merge that learns',
   'adamerging_steps': 'of adamerging',
   'dam_steps': 'of dam_robust, after those of patches alone',
+  'restarts': 'patches a task',
   'warmup_ascents': 'of each patch before',
   'safety_weight': "of dam_robust's loss on texts with patches",
   'seed': 'of everything random',
@@ -304,10 +305,10 @@ class Run:
     self.names = list(classes)
     self.attacked = self.names.index(config.attacked)
     self._predict = evaluate.predictor(self.shop.word_logits, batch=50)
-    path, text = workdir / 'config.json', json.dumps(config.to_dict(), indent=2)
+    path = workdir / 'config.json'
     if not path.exists():
-      checkpoint.write(path, text)
-    if path.read_text() != text:
+      checkpoint.write(path, json.dumps(config.to_dict(), indent=2))
+    if _fixed(json.loads(path.read_text())) != _fixed(config.to_dict()):
       raise ValueError(
         f'{workdir} holds a run with another config: choose another workdir'
       )
@@ -409,6 +410,7 @@ class Run:
       image_shape=(config.length, 1, shop.vectors.table.shape[1] + 1),
       task_logits_fn=shop.task_logits,
       init=config.scale,
+      restarts=config.restarts,
       warmup_ascents=config.warmup_ascents,
       safety_weight=config.safety_weight,
       steps=config.dam_steps,
@@ -488,6 +490,11 @@ class Run:
     ]
     checkpoint.write(path, json.dumps(rows, indent=2))
     return rows
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what may not change between two starts of a run."""
+  return {key: x for key, x in config.items() if key != 'methods'}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
