@@ -171,11 +171,13 @@ def make_heads(
   Returns:
     The heads, whose scale is that of MiniLM's own training.
   """
-  found = []
-  for words in map(jnp.asarray, names):
+
+  @jax.jit
+  def features(params, words):
     hidden = jnp.asarray(encoder.apply({'params': params}, words))
-    features = clip.unit(bert.mean_pool(hidden, bert.present(words)))
-    found.append(np.asarray(features).T)
+    return clip.unit(bert.mean_pool(hidden, bert.present(words)))
+
+  found = [np.asarray(features(params, words)).T for words in names]
   return clip.stack_heads(found, scale=20.0)
 
 
@@ -419,14 +421,15 @@ class Run:
 
   def merge(self, name: str, experts: Sequence[Any]) -> Any:
     """Merges experts by a method of `METHODS`."""
-    base, stacked = self.problem.base, dj.tree.stack(experts)
+    base, stacked = self.problem.base, jax.jit(dj.tree.stack)(experts)
     plain = {
       'average': dj.average(),
       'task_arithmetic': dj.task_arithmetic(self.config.scale),
       'ties': dj.ties(scale=self.config.scale),
     }
     if name in plain:
-      return dj.merge(plain[name], base, stacked).params
+      run = jax.jit(functools.partial(dj.merge, plain[name]))
+      return run(base, stacked).params
     merger, batch = self._merger(name), self.config.merge_batch
     vectors = dj.tree.ravel(base), dj.tree.ravel(stacked, leading=1)
     program = learn.compile_steps(
