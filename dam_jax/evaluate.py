@@ -405,17 +405,18 @@ def predictor(
 
   Args:
     task_logits_fn: `(params, task, images [B, H, W, C] in [0, 1]) -> [B, L]`
-      with a traced task index.
+      with a traced task index; or of words `[B, ...]`.
     batch: images a forward pass.
 
   Returns:
     `(params, task, images, trigger_fn=None) -> [N]` class indices, int32, where
     images are `[N, H, W, C]` uint8 and `trigger_fn` changes float images in
-    [0, 1] before the model sees them.
+    [0, 1] before the model sees them. Words, `[N, ...]` int32, stay as they
+    are.
 
   Raises:
     ValueError: where the batch is not positive; when called, where there is no
-      image or they are not uint8.
+      image or they are neither uint8 nor int32.
   """
   if batch < 1:
     raise ValueError(f'batch must be positive, got {batch}')
@@ -426,16 +427,19 @@ def predictor(
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   def predict(params, task, images, trigger_fn=None):
-    if images.ndim != 4 or not len(images) or images.dtype != np.uint8:
+    words = images.dtype == np.int32 and images.ndim > 1
+    pixels = images.dtype == np.uint8 and images.ndim == 4
+    if not (words or pixels) or not len(images):
       raise ValueError(
-        f'images must be uint8[N, H, W, C] with N > 0, got '
-        f'{images.dtype}{list(images.shape)}'
+        f'images must be uint8[N, H, W, C], or words int32[N, ...], with '
+        f'N > 0, got {images.dtype}{list(images.shape)}'
       )
     params, task = jax.device_put(params), jnp.int32(task)
     out = []
     for start in range(0, len(images), batch):
-      x = images[start : start + batch].astype(np.float32) / 255
-      padding = [(0, batch - len(x)), *[(0, 0)] * 3]
+      x = images[start : start + batch]
+      x = x if words else x.astype(np.float32) / 255
+      padding = [(0, batch - len(x)), *[(0, 0)] * (x.ndim - 1)]
       x = jnp.asarray(np.pad(x, padding))
       out.append(forward(params, task, trigger_fn(x) if trigger_fn else x))
     return np.concatenate(out)[: len(images)]

@@ -25,7 +25,8 @@ class Batch(NamedTuple):
 
   Attributes:
     images: `[S, T, B, H, W, C]` float in [0, 1]; one draw for each of the
-      step's `S` phases.
+      step's `S` phases. Merges that perturb nothing take whatever else the
+      logits function reads, `[S, T, B, ...]`, such as words.
     references: `[S, T, B, L]` class probabilities that each task's own expert
       gives to these images (one-hot labels, for the one option that says so),
       or None where the method does not use them.

@@ -96,6 +96,7 @@ def compile_steps(
   compiler_options: Mapping[str, Any],
   max_chunk: int = 10,
   saved: Sequence[int] = (),
+  batch_fn: Callable[..., dj.Batch] = pipeline.gather,
 ) -> Program:
   """Compiles a merger's steps, without running any.
 
@@ -111,6 +112,7 @@ def compile_steps(
       few enough that progress shows.
     saved: steps of saves that the run may go on from (`saved_steps`), which it
       must divide too: they may be another chunk's.
+    batch_fn: `(data, indices) -> Batch`, for data that are no images.
 
   Returns:
     The program.
@@ -131,7 +133,7 @@ def compile_steps(
   shape = (chunk, plan.phases, data.images.shape[0], batch)
   indices = jax.ShapeDtypeStruct(shape, jnp.int32)
   begin = time.perf_counter()
-  steps = dj.scan_steps(merger, pipeline.gather)
+  steps = dj.scan_steps(merger, batch_fn)
   lowered = steps.lower(state, base, experts, _read(plan, data), indices)
   run = compile_lowered(lowered, compiler_options)
   return Program(run, chunk, time.perf_counter() - begin)

@@ -1,5 +1,6 @@
 """What the security metrics count, on predictions made by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -126,8 +127,24 @@ def test_predictor_pads_the_last_batch_and_compiles_once():
   assert traces == [(3, 2, 2, 3)]
 
 
+def test_predictor_reads_words_as_they_are():
+  def task_logits_fn(params, task, words):
+    assert words.dtype == jnp.int32
+    return params[task] * jax.nn.one_hot(jnp.max(words, axis=1), 301)
+
+  words = np.array([[0, 300], [7, 2], [5, 5]], np.int32)
+  predict = evaluate.predictor(task_logits_fn, batch=2)
+  assert predict(jnp.ones(1), 0, words).tolist() == [300, 7, 5]
+
+
 @pytest.mark.parametrize(
-  'images', [np.zeros((0, 2, 2, 3), np.uint8), np.zeros((1, 2, 2, 3))]
+  'images',
+  [
+    np.zeros((0, 2, 2, 3), np.uint8),
+    np.zeros((1, 2, 2, 3)),
+    np.zeros((1, 2), np.uint8),
+    np.zeros(3, np.int32),
+  ],
 )
 def test_predictor_refuses_what_is_not_images(images):
   predict = evaluate.predictor(lambda p, t, x: x[:, 0, 0])

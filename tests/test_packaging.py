@@ -152,8 +152,8 @@ def test_versions_agree(metadata):
 @pytest.mark.parametrize(
   ('pattern', 'extras'),
   [
-    ('dam_jax/**/*.py', ['clip', 'data', 'experiments']),
-    ('dam_jax/data/*.py', ['data']),
+    ('dam_jax/**/*.py', ['clip', 'data', 'experiments', 'text']),
+    ('dam_jax/data/*.py', ['data', 'text']),
     ('dam_jax/*.py', []),
     ('dam_jax/checkpoint/*.py', []),
     ('dam_jax/models/*.py', ['clip']),

@@ -1,4 +1,4 @@
-"""Names and layouts of CLIP on the Hugging Face hub: its towers, and both.
+"""Names and layouts of encoders on the Hugging Face hub.
 
 >>> clip_vision.to_path('vision_model.encoder.layers.3.mlp.fc1.weight')
 'layers_3/mlp/fc1/kernel'
@@ -6,13 +6,17 @@
 'visual_projection.weight'
 >>> clip.to_path('text_model.encoder.layers.3.mlp.fc1.weight')
 'text/layers_3/mlp/fc1/kernel'
+>>> bert.to_path('encoder.layer.3.attention.self.query.weight')
+'layers_3/attention/query/kernel'
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import re
+from types import MappingProxyType
 
 from dam_jax.checkpoint import NameMap
 
+# Names and paths.
 _VISION = [
   ('embeddings.class_embedding', 'embeddings/class_embedding'),
   ('embeddings.patch_embedding.weight', 'embeddings/patch_embedding'),
@@ -28,7 +32,7 @@ _TEXT = [
   ('final_layer_norm.weight', 'final_layer_norm/scale'),
   ('final_layer_norm.bias', 'final_layer_norm/bias'),
 ]
-_BLOCK = [
+_CLIP_BLOCK = [
   *[
     (f'layer_norm{i}.{theirs}', f'layer_norm{i}/{ours}')
     for i in (1, 2)
@@ -44,43 +48,98 @@ _BLOCK = [
     for theirs, ours in (('weight', 'kernel'), ('bias', 'bias'))
   ],
 ]
-_BLOCK_TO_PATH = dict(_BLOCK)
-_BLOCK_TO_NAME = {path: name for name, path in _BLOCK}
+_BERT_RULES = [
+  *[
+    (f'embeddings.{kind}_embeddings.weight', f'embeddings/{kind}/embedding')
+    for kind in ('word', 'position', 'token_type')
+  ],
+  ('embeddings.LayerNorm.weight', 'embeddings/norm/scale'),
+  ('embeddings.LayerNorm.bias', 'embeddings/norm/bias'),
+]
+_BERT_BLOCK = [
+  *[
+    (f'{theirs}.{kind}', f'{ours}/{leaf}')
+    for theirs, ours in (
+      ('attention.self.query', 'attention/query'),
+      ('attention.self.key', 'attention/key'),
+      ('attention.self.value', 'attention/value'),
+      ('attention.output.dense', 'attention/out'),
+      ('intermediate.dense', 'fc1'),
+      ('output.dense', 'fc2'),
+    )
+    for kind, leaf in (('weight', 'kernel'), ('bias', 'bias'))
+  ],
+  *[
+    (f'{theirs}.{kind}', f'{ours}/{leaf}')
+    for theirs, ours in (
+      ('attention.output.LayerNorm', 'attention_norm'),
+      ('output.LayerNorm', 'mlp_norm'),
+    )
+    for kind, leaf in (('weight', 'scale'), ('bias', 'bias'))
+  ],
+]
 
 
-class _Tower(NameMap):
-  """One tower's names, and kernels `[in, out]`."""
+class _Blocks(NameMap):
+  """Names of an encoder of numbered blocks, and kernels `[in, out]`.
+
+  Args:
+    prefix: of the blocks' names, before the number.
+    rules: names and paths outside of blocks.
+    block: names and paths inside of one.
+    turned: axes of leaves by path, beside kernels.
+    ignored: names of tensors that are not read.
+  """
 
   def __init__(
     self,
     prefix: str,
     rules: Sequence[tuple[str, str]],
-    *projection: str,
+    block: Sequence[tuple[str, str]],
+    *,
+    turned: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    ignored: Sequence[str] = (),
   ):
-    self.ignored = (f'{prefix}embeddings.position_ids',)
-    self._layers = f'{prefix}encoder.layers'
-    self._to_path = {f'{prefix}{name}': path for name, path in rules}
-    self._to_path |= {f'{name}.weight': f'{name}/kernel' for name in projection}
-    self._to_name = {path: name for name, path in self._to_path.items()}
+    self.ignored = ignored
+    self._prefix, self._turned = prefix, turned
+    self._to_path, self._block_to_path = dict(rules), dict(block)
+    self._to_name = {path: name for name, path in rules}
+    self._block_to_name = {path: name for name, path in block}
 
   def to_path(self, name: str) -> str | None:
-    block = re.fullmatch(rf'{re.escape(self._layers)}\.(\d+)\.(.*)', name)
+    block = re.fullmatch(rf'{re.escape(self._prefix)}(\d+)\.(.*)', name)
     if not block:
       return self._to_path.get(name)
-    path = _BLOCK_TO_PATH.get(block[2])
+    path = self._block_to_path.get(block[2])
     return path and f'layers_{block[1]}/{path}'
 
   def to_name(self, path: str) -> str | None:
     block = re.fullmatch(r'layers_(\d+)/(.*)', path)
     if not block:
       return self._to_name.get(path)
-    name = _BLOCK_TO_NAME.get(block[2])
-    return name and f'{self._layers}.{block[1]}.{name}'
+    name = self._block_to_name.get(block[2])
+    return name and f'{self._prefix}{block[1]}.{name}'
 
   def axes(self, path: str) -> Sequence[int] | None:
-    if path == 'embeddings/patch_embedding':
-      return (2, 3, 1, 0)
+    if path in self._turned:
+      return self._turned[path]
     return (1, 0) if path.endswith('/kernel') else None
+
+
+def _tower(
+  prefix: str, rules: Sequence[tuple[str, str]], *projection: str
+) -> _Blocks:
+  """Returns the names of one of CLIP's towers."""
+  return _Blocks(
+    f'{prefix}encoder.layers.',
+    [
+      *((f'{prefix}{name}', path) for name, path in rules),
+      *((f'{name}.weight', f'{name}/kernel') for name in projection),
+    ],
+    _CLIP_BLOCK,
+    turned={'embeddings/patch_embedding': (2, 3, 1, 0)},
+    ignored=(f'{prefix}embeddings.position_ids',),
+  )
 
 
 class _Clip(NameMap):
@@ -109,14 +168,27 @@ class _Clip(NameMap):
     return self._towers[key].axes(own) if key in self._towers else None
 
 
-clip_vision = _Tower('vision_model.', _VISION, 'visual_projection')
+clip_vision = _tower('vision_model.', _VISION, 'visual_projection')
 """The map between `dam_jax.models.clip.VisionTower` and the hub's files."""
 
-clip_vision_bare = _Tower('', _VISION)
+clip_vision_bare = _tower('', _VISION)
 """The same of a `CLIPVisionModel` as transformers 5 writes it."""
 
-clip_text = _Tower('text_model.', _TEXT, 'text_projection')
+clip_text = _tower('text_model.', _TEXT, 'text_projection')
 """The map between `dam_jax.models.text.TextTower` and the hub's files."""
 
 clip = _Clip(vision=clip_vision, text=clip_text)
 """The map between `dam_jax.models.towers.CLIP` and the hub's files."""
+
+bert = _Blocks(
+  'encoder.layer.',
+  _BERT_RULES,
+  _BERT_BLOCK,
+  ignored=(
+    'embeddings.position_ids',
+    'pooler.dense.weight',
+    'pooler.dense.bias',
+  ),
+)
+"""`BertModel`'s names without its pooler, `dam_jax.models.bert.Encoder`'s
+paths."""
