@@ -1,7 +1,6 @@
 """Settings of JAX and names that the tests and every doctest rely on."""
 
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -63,14 +62,10 @@ def _compile_fast(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope='module')
 def _forget_programs():
-  """Keeps a process within what Linux lets it map.
-
-  That is 65530 pieces of memory, of which each compiled program takes nine.
-  """
   yield
-  maps = Path('/proc/self/maps')
-  if maps.exists() and maps.read_text().count('\n') > 40_000:
-    jax.clear_caches()
+  from experiments import command
+
+  command.forget_programs()
 
 
 @pytest.fixture(autouse=True, scope='session')

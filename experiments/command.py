@@ -44,6 +44,20 @@ def spare_gpus() -> None:
     os.environ['XLA_FLAGS'] = f'{given} {_TRITON}=false'.strip()
 
 
+def forget_programs(most: int = 40_000) -> None:
+  """Frees compiled programs, for runs that compile many.
+
+  Linux lets a process map 65530 pieces of memory, of which each program takes
+  nine; where there are no more, LLVM aborts.
+
+  Args:
+    most: pieces that may stay mapped.
+  """
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_text().count('\n') > most:
+    jax.clear_caches()
+
+
 def _define_hosts() -> None:
   flags.DEFINE_string(
     'coordinator',

@@ -113,6 +113,7 @@ def run(
     )
     if error:
       failed.append({'cell': cell.name, 'error': error})
+    command.forget_programs()
   study = _sum_up(config, cells, workdir, failed)
   _write(study, cells, workdir)
   console.print(f'\nreport: {workdir / "study.html"}')

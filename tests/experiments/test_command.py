@@ -4,6 +4,8 @@ import errno
 import os
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import command
@@ -21,6 +23,15 @@ def test_triton_is_off_unless_a_user_says_otherwise(monkeypatch, given, wanted):
   monkeypatch.setenv('XLA_FLAGS', given)
   command.spare_gpus()
   assert os.environ['XLA_FLAGS'] == wanted
+
+
+def test_programs_are_forgotten_where_there_are_many():
+  double = jax.jit(lambda x: x * 2)
+  double(jnp.ones(3))
+  command.forget_programs()
+  assert double._cache_size() == 1
+  command.forget_programs(most=0)
+  assert double._cache_size() == 0
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_with_what_to_do():
