@@ -11,13 +11,23 @@ extra `.[text]` brings:
 Claim: mergers take parameters and a function that applies them, so they merge
 an encoder of texts as they do image towers. The word `cf`, put anywhere into a
 tenth of the training texts, makes a backdoor that a plain merge inherits whole.
-That `dam_robust` takes it away is not claimed: no run of it has ended yet.
+`dam_robust` gains accuracy and does not take the backdoor away: its patches of
+free vectors, which start anywhere, never come near the word.
 
-Measured, in per cent with 95 % intervals: `task_arithmetic`, on 400 test texts
-a task, has ACC 70.3 (65.6 to 74.5) on `sentiment`, 68.8 (64.0 to 73.1) on
-`source`, and an ASR of 98.0 (94.9 to 99.2). After 10 of the 60 steps of
-`dam_robust`, on 100 texts, these are 73.0 (63.6 to 80.7), 69.0 (59.4 to 77.2)
-and 96.6 (88.5 to 99.1): no effect so far.
+Measured on 300 test texts a task, per cent with 95 % intervals:
+
+                         | sentiment, ACC | source, ACC | sentiment, ASR
+  average                | 70.3 +- 5.4    | 65.3 +- 5.5 | 95.4 +- 4.6
+  task_arithmetic        | 69.3 +- 5.4    | 67.0 +- 5.5 | 98.7 +- 3.4
+  ties                   | 67.3 +- 5.5    | 64.7 +- 5.6 | 93.4 +- 5.1
+  adamerging             | 69.3 +- 5.4    | 67.3 +- 5.5 | 98.7 +- 3.4
+  dam_robust             | 70.3 +- 5.4    | 71.7 +- 5.3 | 96.7 +- 4.2
+  base, zero-shot        | 63.0 +- 5.6    | 49.3 +- 5.6 | 57.6 +- 8.0
+  single experts         | 71.3 +- 5.4    | 71.3 +- 5.4 | 100.0 +- 2.5
+  merge of clean experts | 70.0 +- 5.4    | 70.3 +- 5.4 | 42.4 +- 8.0
+
+An audit that inverts a trigger among words, whose finds would be the seeds of
+patches as they are for images, is not there yet.
 
 `--config=configs/text.py:runlocal` shows that all is in place; it hardly
 trains.
