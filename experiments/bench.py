@@ -11,6 +11,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
@@ -28,11 +29,16 @@ KEYS = {
   'name': "of the checkpoint; empty is made of the task's",
   'steps': 'of the optimiser',
   'learning_rate': 'at its peak',
+  'warmup': 'steps up to the peak; 0 is a fifteenth of all',
+  'weight_decay': 'of AdamW',
   'batch': 'images a step',
+  'compute': "'float32' or 'bfloat16'; weights and optimiser are float32",
   'test': 'test images a task for the record; 0 is all',
   'seed': 'of everything random',
 }
 """What the config of any command for one upload says."""
+
+_FROM_ZERO = ('patch_images', 'rank', 'test', 'warmup', 'weight_decay')
 
 
 def check_keys(
@@ -51,9 +57,16 @@ def check_keys(
     ValueError: with all keys that are missing or unknown.
   """
   settings.raise_if(settings.wrong_keys(config, keys))
-  lines = settings.not_positive(config, but=('test', 'seed', 'target'))
-  if config.test < 0:
-    lines.append(f'test must not be negative, got {config.test}')
+  lines = settings.not_positive(config, but=('seed', 'target', *_FROM_ZERO))
+  lines += [
+    f'{key} must not be negative, got {config[key]}'
+    for key in _FROM_ZERO
+    if key in config and config[key] < 0
+  ]
+  if config.compute not in ('float32', 'bfloat16'):
+    lines.append(
+      f"compute must be 'float32' or 'bfloat16', got {config.compute!r}"
+    )
   if pathlib.Path(config.name).name != config.name:
     lines.append(f'name must not hold folders, got {config.name}')
   return lines
@@ -161,8 +174,10 @@ class Bench:
     folder = pathlib.Path(config.pool)
     tasks = [lesson.task for lesson in lessons]
     tower = clip.load_config(folder / 'checkpoints' / 'config.json')
+    dtype = jnp.bfloat16 if config.compute == 'bfloat16' else None
     shop = training.Shop(
-      clip.VisionTower(tower), clip.stack_heads([t.head for t in tasks])
+      clip.VisionTower(tower, dtype=dtype),
+      clip.stack_heads([t.head for t in tasks]),
     )
     path = uploads.path(folder, 'base')
     base = checkpoint.load_params(
@@ -180,6 +195,8 @@ class Bench:
         steps=config.steps,
         learning_rate=config.learning_rate,
         batch=config.batch,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
         **tuning,
       ),
     )
