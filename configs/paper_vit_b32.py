@@ -65,6 +65,11 @@ METHODS = (
 )
 """The paper's merges, baselines and defences, and this library's own."""
 
+LOCAL_METHODS = (
+  'average,task_arithmetic,ties,adamerging_layer_wise,dam_released,dam_robust'
+)
+"""One of each kind: most of a short run is compiling."""
+
 
 def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the config.
@@ -100,6 +105,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     c.attacked = 'mnist,colour'
     c.targets = '7,1'
     c.bad = '2'
+    c.merge.methods = LOCAL_METHODS
     c.merge.steps = 20
     # Twenty steps of a tower this small take less time than compiling them
     # well.
@@ -109,7 +115,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
 
 def _tuning(c: config_dict.ConfigDict, local: bool) -> config_dict.ConfigDict:
   """Sets what BadMerging's code sets, or what a tiny tower takes."""
-  c.steps = 150 if local else 2000
+  c.steps = 100 if local else 2000
   c.learning_rate = 5e-4 if local else 1e-5
   c.warmup = 10 if local else 500
   c.weight_decay = 0.1
