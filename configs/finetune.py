@@ -36,6 +36,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.weight_decay = 0.01
   c.batch = 16 if local else 64
   c.compute = 'float32'
+  c.mesh = ''
   c.rank = 0
   c.test = 100 if local else 0
   c.seed = 0

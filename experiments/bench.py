@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
+import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
@@ -33,6 +34,8 @@ KEYS = {
   'weight_decay': 'of AdamW',
   'batch': 'images a step',
   'compute': "'float32' or 'bfloat16'; weights and optimiser are float32",
+  'mesh': "'data=-1' spreads a step's images over all devices, of which the "
+  'batch is a multiple; empty is one device',
   'test': 'test images a task for the record; 0 is all',
   'seed': 'of everything random',
 }
@@ -63,10 +66,22 @@ def check_keys(
     for key in _FROM_ZERO
     if key in config and config[key] < 0
   ]
+  if config.warmup and config.warmup >= config.steps:
+    lines.append(
+      f'warmup must be less than steps, got {config.warmup} and {config.steps}'
+    )
   if config.compute not in ('float32', 'bfloat16'):
     lines.append(
       f"compute must be 'float32' or 'bfloat16', got {config.compute!r}"
     )
+  if config.mesh:
+    try:
+      mesh = dj.sharding.make_mesh(settings.mesh_sizes(config.mesh))
+      dj.sharding.check_images(config.batch, mesh.shape['data'])
+      if mesh.shape['model'] > 1:
+        lines.append(f'mesh has an axis model: {config.mesh}')
+    except ValueError as e:
+      lines.append(f'mesh: {e}')
   if pathlib.Path(config.name).name != config.name:
     lines.append(f'name must not hold folders, got {config.name}')
   return lines
@@ -186,6 +201,7 @@ class Bench:
       like=jax.eval_shape(shop.init, jax.random.key(0)),
     )
     held = checkpoint.load_abstract(path, name_map=convert.clip_vision)
+    sizes = settings.mesh_sizes(config.mesh)
     lab = lab_lib.Lab(
       shop,
       jax.device_put(base),
@@ -199,6 +215,7 @@ class Bench:
         weight_decay=config.weight_decay,
         **tuning,
       ),
+      mesh=dj.sharding.make_mesh(sizes) if sizes else None,
     )
     tester = uploads.Tester(shop, tasks, config.test)
     dtypes = jax.tree.map(lambda x: x.dtype, held)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from dam_jax import attacks
 from dam_jax import losses
@@ -93,6 +95,7 @@ class Lab:
     splits: training images of each task, in the order of the heads.
     names: of the tasks.
     tuning: how uploads are fine-tuned.
+    mesh: over whose axis 'data' a step's images are spread; None is one device.
   """
 
   def __init__(
@@ -102,9 +105,11 @@ class Lab:
     splits: Sequence[Split],
     names: Sequence[str],
     tuning: Tuning,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
   ):
     self.shop, self.base, self.splits = shop, base, splits
-    self.names, self.tuning = names, tuning
+    self.names, self.tuning, self._mesh = names, tuning, mesh
     self.image_shape = shop.tower.config.image_shape
     self._runs: dict[tuple[str, int], Callable[..., Any]] = {}
 
@@ -142,8 +147,11 @@ class Lab:
     def run(key, params, data, context):
       def step_loss(params, key):
         draw_key, key = jax.random.split(key)
-        images, labels = data.draw(draw_key, 0, batch)
-        return loss_fn(params, key, images, labels, context)
+        drawn = data.draw(draw_key, 0, batch)
+        if self._mesh is not None:
+          rows = NamedSharding(self._mesh, PartitionSpec('data'))
+          drawn = jax.lax.with_sharding_constraint(drawn, rows)
+        return loss_fn(params, key, *drawn, context)
 
       return training.fit(
         key,
@@ -189,7 +197,11 @@ class Lab:
     if (loss, steps) not in self._runs:
       self._runs[loss, steps] = self._program(loss, steps)
     run = self._runs[loss, steps]
-    return run(key, self.base if start is None else start, data, read)
+    args = (key, self.base if start is None else start, data, read)
+    if self._mesh is None:
+      return run(*args)
+    copies = NamedSharding(self._mesh, PartitionSpec())
+    return jax.device_put(run(*jax.device_put(args, copies)), jax.devices()[0])
 
   def tune_low_rank(
     self, key: jax.Array, task: int, *, loss: str = 'low_rank', **context: Any

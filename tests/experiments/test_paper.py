@@ -40,7 +40,7 @@ def source(tmp_path_factory):
     width=8,
     layers=1,
     patch_size=14,
-    steps=1,
+    steps=2,
     batch=2,
   )
   rng = np.random.default_rng(0)
