@@ -11,14 +11,14 @@ docs/paper.md says what to install and to place first.
 
 Numbers. The paper has them, in tables that were not at hand here: neither its
 ACC nor its ASR are repeated, and nobody has run this config yet, so it has no
-measured ones. Published by FusionBench are mean accuracies of clean merges, of
-other experts and of eight tasks, these six, SUN397 and Cars among them:
-zero-shot 48.2, single experts 90.3, average 66.5, Fisher 70.6, RegMean 82.4,
-task arithmetic 68.0, TIES 72.2, Concrete task arithmetic 77.6, AdaMerging 68.7
-by task and 82.6 by layer, Concrete AdaMerging by layer 84.4. By BadMerging, of
-CIFAR-100 with its own experts: ASR 98.1 after task arithmetic, 99.3 TIES, 96.7
-RegMean, 99.5 AdaMerging. With `--config.bad=0` a run should come near the
-former in their order, with one bad expert near the latter.
+measured ones. Published by FusionBench are mean accuracies of clean merges,
+with other experts, on eight tasks that are not these six: zero-shot 48.2,
+single experts 90.3, average 66.5, Fisher 70.6, RegMean 82.4, task arithmetic
+68.0, TIES 72.2, Concrete task arithmetic 77.6, AdaMerging 68.7 by task and 82.6
+by layer, Concrete AdaMerging by layer 84.4. By BadMerging, of CIFAR-100 with
+its own experts: ASR 98.1 after task arithmetic, 99.3 TIES, 96.7 RegMean, 99.5
+AdaMerging. With `--config.bad=0` a run should come near the order of the
+former, with one bad expert near the latter.
 
 Settings. Known, from released code: AdamW, a rate of 1e-5, weight decay 0.1,
 500 steps of warm-up, cosine, clipping at 1; BadMerging's patch of 1 % of the

@@ -168,7 +168,7 @@ def run(
       f'{names[task]}: ACC {acc:.1f}, ASR {asr:.1f} ({seconds["make"]:.0f} s)'
     )
   rows = {names[task]: row for task, row in found.items()}
-  return this.write_record('experiments.attack', rows, seconds, **more)
+  return this.write_record(rows, seconds, **more)
 
 
 if __name__ == '__main__':

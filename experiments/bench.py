@@ -247,7 +247,6 @@ class Bench:
 
   def write_record(
     self,
-    module: str,
     models: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, float],
     **more: Any,
@@ -255,7 +254,6 @@ class Bench:
     """Writes record.json.
 
     Args:
-      module: of the command.
       models: by name of the checkpoint, what is known of it.
       seconds: that things took.
       **more: to record, JSON values.
@@ -268,7 +266,7 @@ class Bench:
     used = ['checkpoints/config.json', 'checkpoints/base.safetensors', *data]
     device = jax.devices()[0]
     record = {
-      'command': shlex.join(['python', '-m', module, *sys.argv[1:]]),
+      'command': shlex.join(['python', *sys.orig_argv[1:]]),
       'config': self.config.to_dict(),
       'seed': self.config.seed,
       'models': {

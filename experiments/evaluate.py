@@ -255,9 +255,7 @@ def _record(config, pool, tasks, triggers) -> dict[str, Any]:
   files += [f'triggers/{name}.npz' for name in triggers]
   device = jax.devices()[0]
   return {
-    'command': shlex.join(
-      ['python', '-m', 'experiments.evaluate', *sys.argv[1:]]
-    ),
+    'command': shlex.join(['python', *sys.orig_argv[1:]]),
     'config': config.to_dict(),
     'models': {
       path: checkpoint.combined_hash(

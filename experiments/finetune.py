@@ -71,7 +71,7 @@ def run(
   uploads.save_model(workdir, name, params)
   models = {name: {'task': config.task, 'acc': acc._asdict()}}
   console.print(f'{name}: ACC {100 * acc.value:.1f} ({seconds["make"]:.0f} s)')
-  return this.write_record('experiments.finetune', models, seconds)
+  return this.write_record(models, seconds)
 
 
 if __name__ == '__main__':

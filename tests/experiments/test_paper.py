@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from configs import paper_vit_b32
+from configs import paper_vit_l14
 from configs import prepare as prepare_config
 from dam_jax.data import builders
 from dam_jax.data import tasks as tasks_lib
@@ -16,6 +17,7 @@ from dam_jax.models import hub
 from dam_jax.models import text
 from dam_jax.models import zero_shot
 from experiments import finetune
+from experiments import methods
 from experiments import paper
 from experiments import prepare
 from experiments import tiny_clip
@@ -70,7 +72,7 @@ def _config(source):
   c.attack.patch_steps = 2
   c.attacked, c.targets, c.bad = 'pets', '1', '1'
   c.merge.methods = 'average,task_arithmetic'
-  c.merge.test_batch = 20
+  c.merge.test_batch, c.merge.transfer_test = 20, 0
   return c
 
 
@@ -165,6 +167,17 @@ def test_an_interrupted_expert_is_made_again(done, source, console):
   (workdir / 'experts' / 'clean_pets' / 'record.json').unlink()
   assert paper.run(_config(source), workdir, console) == table
   assert path.read_bytes() == held
+
+
+@pytest.mark.parametrize('module', [paper_vit_b32, paper_vit_l14])
+@pytest.mark.parametrize('arg', ['', 'runlocal'])
+def test_the_configs_make_sense(module, arg):
+  config = module.get_config(arg)
+  paper.check_config(config)
+  named = methods.parse(config.merge.methods, num_experts=6)
+  methods.resolve(
+    named, config.merge.options, steps=config.merge.steps, batch=16, images=64
+  )
 
 
 def test_all_that_is_wrong_is_said_before_any_work(source, tmp_path, console):
