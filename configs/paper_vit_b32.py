@@ -43,9 +43,8 @@ without it (`--config.merge.audit=False`) one of 40. Less time and memory take
   --config.finetune.rank=16        experts by LoRA
 
 `--config=configs/paper_vit_b32.py:runlocal` is the same, from preparing sets to
-the table, with a tiny CLIP and built-in images in place of downloads:
-TIMING
-Its numbers say nothing of CLIP.
+the table, with a tiny CLIP and built-in images in place of downloads. Its
+numbers say nothing of CLIP; its time was not measured yet.
 """
 
 from ml_collections import config_dict

@@ -14,9 +14,8 @@ its speed for bfloat16, so 15 to 25 hours on one GPU of 80 GB;
 `--config.merge.mesh=data=4` spreads learned merges over four. The audit is off,
 and `dam_robust` starts without it: on one GPU it does not fit.
 
-`--config=configs/paper_vit_l14.py:runlocal` is that of ViT-B/32 with a tower of
-four layers, in bfloat16:
-TIMING
+`--config=configs/paper_vit_l14.py:runlocal` is that of ViT-B/32 with towers of
+four layers, in bfloat16; it was not timed.
 """
 
 from ml_collections import config_dict
