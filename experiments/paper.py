@@ -11,9 +11,9 @@ One after the other, each by the command of that name:
 
 Records of experts lie in `experts/<name>/record.json`, reports in
 `merge_<how many>/report.html`, and `table.md` and `table.json` sum them up.
-Started again with the same workdir it goes on where it was: what is done is not
-done again, and more methods aside (`--config.merge.methods` asks for another
-workdir), more tasks to attack or other numbers of bad experts add to it.
+Started again with the same workdir it goes on where it was, and does nothing
+twice. More tasks to attack and other numbers of bad experts add to it; other
+methods want another workdir, or the folders `merge_*` out of the way.
 """
 
 import json
@@ -215,12 +215,13 @@ def _make(
   pool, folder = workdir / 'pool', workdir / 'experts' / name
   if uploads.path(pool, name).exists():
     return
-  if not (folder / 'record.json').exists():
+  own = uploads.path(folder, name)
+  if not (folder / 'record.json').exists() or not own.exists():
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     make(config, folder, console)
   files = sorted(
     [*folder.glob('checkpoints/*'), *folder.glob('triggers/*')],
-    key=lambda path: path == uploads.path(folder, name),
+    key=lambda path: path == own,
   )
   for file in files:
     to = pool / file.relative_to(folder)

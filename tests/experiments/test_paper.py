@@ -159,12 +159,13 @@ def test_it_goes_on_where_it_was(done, source, console, monkeypatch):
     paper.run(config, workdir, console)
 
 
-def test_an_interrupted_expert_is_made_again(done, source, console):
+@pytest.mark.parametrize('lost', ['record.json', 'the model alone'])
+def test_an_interrupted_expert_is_made_again(done, source, console, lost):
   workdir, table = done
   path = uploads.path(workdir / 'pool', 'clean_pets')
   held = path.read_bytes()
   path.unlink()
-  (workdir / 'experts' / 'clean_pets' / 'record.json').unlink()
+  (workdir / 'experts' / 'clean_pets' / lost).unlink(missing_ok=True)
   assert paper.run(_config(source), workdir, console) == table
   assert path.read_bytes() == held
 
