@@ -12,6 +12,7 @@ from configs import paper_vit_b32
 from configs import paper_vit_l14
 from configs import prepare as prepare_config
 from dam_jax.data import builders
+from dam_jax.data import builtin
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import hub
 from dam_jax.models import text
@@ -31,26 +32,45 @@ def console():
   return Console(file=io.StringIO(), width=160)
 
 
+def _noise(num, shape):
+  images = np.random.default_rng(num).integers(0, 256, (num, *shape), np.uint8)
+  return tasks_lib.Split(images, np.arange(num, dtype=np.int32) % 2)
+
+
+def _built_in(name, *, seed):
+  """Two classes of noise in place of the images that packages bring."""
+  del seed
+  shape, names = (28, 28, 3), ('digit 0', 'digit 1')
+  task = tasks_lib.Task(
+    name=name,
+    head=builtin.head(names, 4),
+    label_names=names,
+    dev=_noise(11, shape),
+    test=_noise(24, shape),
+  )
+  return builtin.Source(task, _noise(9, shape), _noise(40, shape))
+
+
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
-  """A tiny CLIP, the built-in digits, and a set of noise."""
+  """A tiny CLIP, a set that is made with it, and one of other sizes."""
   folder = tmp_path_factory.mktemp('source')
-  tiny_clip.make(
-    folder,
-    ['digits'],
-    console=Console(file=io.StringIO()),
-    width=8,
-    layers=1,
-    patch_size=14,
-    steps=2,
-    batch=2,
-  )
-  rng = np.random.default_rng(0)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(builtin, 'load', _built_in)
+    tiny_clip.make(
+      folder,
+      ['digits'],
+      console=Console(file=io.StringIO()),
+      width=8,
+      layers=1,
+      patch_size=14,
+      steps=2,
+      batch=2,
+    )
   arrays = {'label_names': np.array(['cat', 'dog'])}
   for split, num in (('train', 40), ('test', 12)):
-    shape = (num, 30, 20, 3)
-    arrays[f'{split}_images'] = rng.integers(0, 256, shape, np.uint8)
-    arrays[f'{split}_labels'] = np.arange(num) % 2
+    for field, x in _noise(num, (30, 20, 3))._asdict().items():
+      arrays[f'{split}_{field}'] = x
   np.savez(folder / 'pets.npz', **arrays)
   builders.prepare_npz(folder / 'pets.npz', folder / 'data')
   return folder
@@ -69,7 +89,7 @@ def _config(source):
   _prepare(c.prepare, source)
   for part in (c.finetune, c.attack):
     part.steps, part.batch, part.warmup = 2, 4, 1
-  c.attack.patch_steps = 2
+  c.attack.attack = 'badnets'
   c.attacked, c.targets, c.bad = 'pets', '1', '1'
   c.merge.methods = 'average,task_arithmetic'
   c.merge.test_batch, c.merge.transfer_test = 20, 0
@@ -98,7 +118,7 @@ def test_the_table_sums_up_the_merges(done):
     assert table['1'][name]['asr']['value'] == rows['asr']
   assert report['record']['experts'] == {
     'digits': 'clean_digits',
-    'pets': 'badmerging_pets',
+    'pets': 'badnets_pets',
   }
   text_of_table = (workdir / 'table.md').read_text()
   acc = 100 * table['1']['average']['acc']['value']
@@ -113,7 +133,7 @@ def test_the_pool_is_of_the_clip_and_the_sets(done, source):
     uploads.load_model(uploads.path(workdir / 'pool', 'base')),
     model.params['vision'],
   )
-  pool = tasks_lib.load_pool(workdir / 'pool', bad=['badmerging_pets'])
+  pool = tasks_lib.load_pool(workdir / 'pool', bad=['badnets_pets'])
   assert [task.name for task in pool.tasks] == NAMES
   pets = pool.tasks[1]
   want = zero_shot.zero_shot_head(
