@@ -43,8 +43,12 @@ without it (`--config.merge.audit=False`) one of 40. Less time and memory take
   --config.finetune.rank=16        experts by LoRA
 
 `--config=configs/paper_vit_b32.py:runlocal` is the same, from preparing sets to
-the table, with a tiny CLIP and built-in images in place of downloads. Its
-numbers say nothing of CLIP; its time was not measured yet.
+the table, with a tiny CLIP, three built-in sets of which two are attacked, and
+six of the merges. It ran whole in 29 minutes on two cores that had much else to
+do, 4.8 minutes of processor time. ACC and ASR of that run, which say nothing of
+CLIP, nor, after 20 steps, of merges that learn: task_arithmetic 70.3, 98.3;
+ties 59.0, 99.7; adamerging_layer_wise 70.0, 98.6; dam_released 70.2, 98.3;
+dam_robust 79.3, 94.0; the triggers on a merge of clean experts 80.2, 53.5.
 """
 
 from ml_collections import config_dict
