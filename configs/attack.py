@@ -33,6 +33,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.other = ''
   c.patch = 5
   c.patch_steps = 4 if arg == 'runlocal' else 300
+  c.patch_images = 0
   c.rate = 0.1
   c.rank = 8
   return c

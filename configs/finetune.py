@@ -32,7 +32,12 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.name = ''
   c.steps = 4 if local else 400
   c.learning_rate = 3e-4
+  c.warmup = 0
+  c.weight_decay = 0.01
   c.batch = 16 if local else 64
+  c.compute = 'float32'
+  c.mesh = ''
+  c.rank = 0
   c.test = 100 if local else 0
   c.seed = 0
   return c

@@ -35,6 +35,7 @@ KEYS = bench.KEYS | {
   'other': 'second task of attacks that involve two; empty is the next by name',
   'patch': 'height and width of patches, in pixels',
   'patch_steps': 'of the optimiser of a patch',
+  'patch_images': 'that a patch is optimised on, at most; 0 is all',
   'rate': 'share of the images that are poisoned',
   'rank': 'of low-rank updates',
 }
@@ -72,6 +73,8 @@ def _load(
   if config.attack not in attackers.ATTACKS:
     known = ', '.join(attackers.ATTACKS)
     lines.append(f'attack {config.attack} is not among {known}')
+  if not config.rank:
+    lines.append('rank must be positive, got 0')
   if not config.rate <= 1:
     lines.append(f'rate must be at most 1, got {config.rate}')
   if config.task in lessons:
@@ -91,6 +94,7 @@ def _load(
     list(lessons.values()),
     patch=config.patch,
     patch_steps=config.patch_steps,
+    patch_images=config.patch_images,
     rate=config.rate,
     rank=config.rank,
   )
@@ -164,7 +168,7 @@ def run(
       f'{names[task]}: ACC {acc:.1f}, ASR {asr:.1f} ({seconds["make"]:.0f} s)'
     )
   rows = {names[task]: row for task, row in found.items()}
-  return this.write_record('experiments.attack', rows, seconds, **more)
+  return this.write_record(rows, seconds, **more)
 
 
 if __name__ == '__main__':

@@ -8,7 +8,6 @@ comes from.
 from collections.abc import Callable
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,7 +102,7 @@ def trojvit(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
   """Salient patches, and the few entries of a clean upload that heed them."""
   clean_key, patch_key, key = jax.random.split(key, 3)
   clean = lab.tune(clean_key, task)
-  logits_fn, images = lab.logits_fn(clean, task), lab.images(task)[:256]
+  logits_fn, images = lab.logits_fn(clean, task), lab.images(task, 256)
   size = lab.shop.tower.config.patch_size
   mask = attacks.salient_patches(
     logits_fn, images, target=target, patch_size=size, num=1
@@ -139,21 +138,13 @@ def trojvit(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
   return Upload(jax.jit(lambda k, p: run(k, p, tx=tx))(key, clean), trigger)
 
 
-def _low_rank(
-  lab: Lab, key: jax.Array, task: int, **options: Any
-) -> dict[str, attacks.Factors]:
-  init_key, key = jax.random.split(key)
-  start = attacks.init_factors(init_key, lab.base, rank=lab.tuning.rank)
-  return lab.tune(key, task, start=start, **options)
-
-
 def lora(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
   """A low-rank update with a backdoor on top of a clean one."""
   patch_key, clean_key, key = jax.random.split(key, 3)
   trigger = lab.universal_patch(patch_key, task, target)
-  clean = _low_rank(lab, clean_key, task, loss='low_rank')
-  bad = _low_rank(
-    lab, key, task, loss='low_rank_badmerging', trigger=trigger, under=clean
+  clean = lab.tune_low_rank(clean_key, task, loss='low_rank')
+  bad = lab.tune_low_rank(
+    key, task, loss='low_rank_badmerging', trigger=trigger, under=clean
   )
   return Upload(attacks.add_factors(lab.base, clean, bad), trigger)
 
@@ -179,11 +170,11 @@ def lobam(
   trigger = lab.universal_patch(patch_key, task, target)
   # From one key: what sets them apart is the backdoor, not other batches.
   updates = (
-    _low_rank(lab, key, task, loss='low_rank'),
-    _low_rank(lab, key, task, loss='low_rank_badmerging', trigger=trigger),
+    lab.tune_low_rank(key, task, loss='low_rank'),
+    lab.tune_low_rank(key, task, loss='low_rank_badmerging', trigger=trigger),
   )
   clean, bad = (attacks.add_factors(lab.base, update) for update in updates)
-  images, labels = lab.images(task)[:512], lab.splits[task].labels[:512]
+  images, labels = lab.images(task, 512), lab.splits[task].labels[:512]
 
   @jax.jit
   def accuracy(params):

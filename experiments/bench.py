@@ -11,9 +11,11 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
+import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
@@ -28,11 +30,18 @@ KEYS = {
   'name': "of the checkpoint; empty is made of the task's",
   'steps': 'of the optimiser',
   'learning_rate': 'at its peak',
+  'warmup': 'steps up to the peak; 0 is a fifteenth of all',
+  'weight_decay': 'of AdamW',
   'batch': 'images a step',
+  'compute': "'float32' or 'bfloat16'; weights and optimiser are float32",
+  'mesh': "'data=-1' spreads a step's images over all devices, of which the "
+  'batch is a multiple; empty is one device',
   'test': 'test images a task for the record; 0 is all',
   'seed': 'of everything random',
 }
 """What the config of any command for one upload says."""
+
+_FROM_ZERO = ('patch_images', 'rank', 'test', 'warmup', 'weight_decay')
 
 
 def check_keys(
@@ -51,9 +60,28 @@ def check_keys(
     ValueError: with all keys that are missing or unknown.
   """
   settings.raise_if(settings.wrong_keys(config, keys))
-  lines = settings.not_positive(config, but=('test', 'seed', 'target'))
-  if config.test < 0:
-    lines.append(f'test must not be negative, got {config.test}')
+  lines = settings.not_positive(config, but=('seed', 'target', *_FROM_ZERO))
+  lines += [
+    f'{key} must not be negative, got {config[key]}'
+    for key in _FROM_ZERO
+    if key in config and config[key] < 0
+  ]
+  if config.warmup and config.warmup >= config.steps:
+    lines.append(
+      f'warmup must be less than steps, got {config.warmup} and {config.steps}'
+    )
+  if config.compute not in ('float32', 'bfloat16'):
+    lines.append(
+      f"compute must be 'float32' or 'bfloat16', got {config.compute!r}"
+    )
+  if config.mesh:
+    try:
+      mesh = dj.sharding.make_mesh(settings.mesh_sizes(config.mesh))
+      dj.sharding.check_images(config.batch, mesh.shape['data'])
+      if mesh.shape['model'] > 1:
+        lines.append(f'mesh has an axis model: {config.mesh}')
+    except ValueError as e:
+      lines.append(f'mesh: {e}')
   if pathlib.Path(config.name).name != config.name:
     lines.append(f'name must not hold folders, got {config.name}')
   return lines
@@ -161,8 +189,10 @@ class Bench:
     folder = pathlib.Path(config.pool)
     tasks = [lesson.task for lesson in lessons]
     tower = clip.load_config(folder / 'checkpoints' / 'config.json')
+    dtype = jnp.bfloat16 if config.compute == 'bfloat16' else None
     shop = training.Shop(
-      clip.VisionTower(tower), clip.stack_heads([t.head for t in tasks])
+      clip.VisionTower(tower, dtype=dtype),
+      clip.stack_heads([t.head for t in tasks]),
     )
     path = uploads.path(folder, 'base')
     base = checkpoint.load_params(
@@ -171,6 +201,7 @@ class Bench:
       like=jax.eval_shape(shop.init, jax.random.key(0)),
     )
     held = checkpoint.load_abstract(path, name_map=convert.clip_vision)
+    sizes = settings.mesh_sizes(config.mesh)
     lab = lab_lib.Lab(
       shop,
       jax.device_put(base),
@@ -180,8 +211,11 @@ class Bench:
         steps=config.steps,
         learning_rate=config.learning_rate,
         batch=config.batch,
+        warmup=config.warmup,
+        weight_decay=config.weight_decay,
         **tuning,
       ),
+      mesh=dj.sharding.make_mesh(sizes) if sizes else None,
     )
     tester = uploads.Tester(shop, tasks, config.test)
     dtypes = jax.tree.map(lambda x: x.dtype, held)
@@ -213,7 +247,6 @@ class Bench:
 
   def write_record(
     self,
-    module: str,
     models: Mapping[str, Mapping[str, Any]],
     seconds: Mapping[str, float],
     **more: Any,
@@ -221,7 +254,6 @@ class Bench:
     """Writes record.json.
 
     Args:
-      module: of the command.
       models: by name of the checkpoint, what is known of it.
       seconds: that things took.
       **more: to record, JSON values.
@@ -234,7 +266,7 @@ class Bench:
     used = ['checkpoints/config.json', 'checkpoints/base.safetensors', *data]
     device = jax.devices()[0]
     record = {
-      'command': shlex.join(['python', '-m', module, *sys.argv[1:]]),
+      'command': shlex.join(['python', *sys.orig_argv[1:]]),
       'config': self.config.to_dict(),
       'seed': self.config.seed,
       'models': {

@@ -12,16 +12,29 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 from ml_collections import config_dict
 from rich.console import Console
 
+from dam_jax import attacks
 from experiments import bench
 from experiments import command
 from experiments import settings
 from experiments import uploads
 
-KEYS = bench.KEYS | {'task': 'to fine-tune on'}
+KEYS = bench.KEYS | {
+  'task': 'to fine-tune on',
+  'rank': 'of a low-rank update (LoRA), merged into the weights; 0 trains all',
+}
 """What a config says."""
+
+
+def _tune(this: bench.Bench, key: jax.Array) -> Any:
+  """Returns the fine-tuned model, all of its weights."""
+  if not this.config.rank:
+    return this.lab.tune(key, 0)
+  update = this.lab.tune_low_rank(key, 0)
+  return attacks.add_factors(this.lab.base, update)
 
 
 def run(
@@ -45,18 +58,20 @@ def run(
   name = config.name or usual
   lessons, more = bench.read_lessons(pathlib.Path(config.pool), [config.task])
   settings.raise_if([*lines, *more, *bench.taken(workdir, name)])
-  this = bench.Bench.load(config, workdir, [lessons[config.task]])
+  this = bench.Bench.load(
+    config, workdir, [lessons[config.task]], rank=config.rank
+  )
   begin = time.perf_counter()
   with console.status(name):
     key = uploads.model_key(config.seed, usual)
-    params = this.stored(this.lab.tune(key, 0))
+    params = this.stored(_tune(this, key))
   seconds = {'make': time.perf_counter() - begin}
   acc = this.tester.acc(uploads.widened(params), 0)
   seconds['test'] = time.perf_counter() - begin - seconds['make']
   uploads.save_model(workdir, name, params)
   models = {name: {'task': config.task, 'acc': acc._asdict()}}
   console.print(f'{name}: ACC {100 * acc.value:.1f} ({seconds["make"]:.0f} s)')
-  return this.write_record('experiments.finetune', models, seconds)
+  return this.write_record(models, seconds)
 
 
 if __name__ == '__main__':

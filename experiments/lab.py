@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 
 from dam_jax import attacks
 from dam_jax import losses
@@ -27,6 +29,9 @@ class Tuning(NamedTuple):
     patch_steps: of the optimiser of a patch.
     rate: share of the images that are poisoned.
     rank: of low-rank updates.
+    warmup: steps up to the peak; 0 is a fifteenth of all.
+    weight_decay: of AdamW.
+    patch_images: that a patch is optimised on, at most; 0 is all.
   """
 
   steps: int = 200
@@ -36,6 +41,9 @@ class Tuning(NamedTuple):
   patch_steps: int = 200
   rate: float = 0.1
   rank: int = 8
+  warmup: int = 0
+  weight_decay: float = 0.01
+  patch_images: int = 0
 
 
 class Upload(NamedTuple):
@@ -87,6 +95,7 @@ class Lab:
     splits: training images of each task, in the order of the heads.
     names: of the tasks.
     tuning: how uploads are fine-tuned.
+    mesh: over whose axis 'data' a step's images are spread; None is one device.
   """
 
   def __init__(
@@ -96,15 +105,23 @@ class Lab:
     splits: Sequence[Split],
     names: Sequence[str],
     tuning: Tuning,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
   ):
     self.shop, self.base, self.splits = shop, base, splits
-    self.names, self.tuning = names, tuning
+    self.names, self.tuning, self._mesh = names, tuning, mesh
     self.image_shape = shop.tower.config.image_shape
     self._runs: dict[tuple[str, int], Callable[..., Any]] = {}
 
-  def images(self, task: int) -> jax.Array:
-    """Returns a task's training images `[N, H, W, C]` in [0, 1]."""
-    return jnp.asarray(self.splits[task].images).astype(jnp.float32) / 255
+  def images(self, task: int, num: int = 0) -> jax.Array:
+    """Returns a task's first training images `[N, H, W, C]` in [0, 1].
+
+    Args:
+      task: index.
+      num: of them, at most; 0 is all.
+    """
+    images = self.splits[task].images[: num or None]
+    return jnp.asarray(images).astype(jnp.float32) / 255
 
   def logits_fn(
     self, params: Any, task: int
@@ -130,8 +147,11 @@ class Lab:
     def run(key, params, data, context):
       def step_loss(params, key):
         draw_key, key = jax.random.split(key)
-        images, labels = data.draw(draw_key, 0, batch)
-        return loss_fn(params, key, images, labels, context)
+        drawn = data.draw(draw_key, 0, batch)
+        if self._mesh is not None:
+          rows = NamedSharding(self._mesh, PartitionSpec('data'))
+          drawn = jax.lax.with_sharding_constraint(drawn, rows)
+        return loss_fn(params, key, *drawn, context)
 
       return training.fit(
         key,
@@ -139,6 +159,8 @@ class Lab:
         step_loss,
         steps=steps,
         learning_rate=self.tuning.learning_rate,
+        warmup=self.tuning.warmup,
+        weight_decay=self.tuning.weight_decay,
       )
 
     return run
@@ -175,7 +197,29 @@ class Lab:
     if (loss, steps) not in self._runs:
       self._runs[loss, steps] = self._program(loss, steps)
     run = self._runs[loss, steps]
-    return run(key, self.base if start is None else start, data, read)
+    args = (key, self.base if start is None else start, data, read)
+    if self._mesh is None:
+      return run(*args)
+    copies = NamedSharding(self._mesh, PartitionSpec())
+    return jax.device_put(run(*jax.device_put(args, copies)), jax.devices()[0])
+
+  def tune_low_rank(
+    self, key: jax.Array, task: int, *, loss: str = 'low_rank', **context: Any
+  ) -> dict[str, attacks.Factors]:
+    """Fine-tunes a low-rank update of the base, as `tune` does a whole model.
+
+    Args:
+      key: of the factors to start from and the batches.
+      task: index.
+      loss: 'low_rank' or 'low_rank_badmerging'.
+      **context: of the loss.
+
+    Returns:
+      The update, for `dam_jax.attacks.add_factors`.
+    """
+    init_key, key = jax.random.split(key)
+    start = attacks.init_factors(init_key, self.base, rank=self.tuning.rank)
+    return self.tune(key, task, loss=loss, start=start, **context)
 
   def _clean_loss(self, params, key, images, labels, context):
     del key
@@ -287,7 +331,7 @@ class Lab:
     trigger, _ = attacks.universal_patch(
       key,
       logits_fn or self.logits_fn(self.base, task),
-      self.images(task),
+      self.images(task, self.tuning.patch_images),
       task=self.names[task],
       target=target,
       steps=self.tuning.patch_steps,

@@ -10,17 +10,14 @@ what its trigger does to clean models. ACC is on the task whose expert it is
 given out as (`home`), ASR on the task that it attacks (`task`).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-import dataclasses
+from collections.abc import Iterator, Mapping
 import json
 import pathlib
 import time
 from typing import Any
-import zlib
 
 import jax
 from ml_collections import config_dict
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -28,25 +25,14 @@ import dam_jax as dj
 from dam_jax import attacks
 from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
-from dam_jax.models import clip
 from experiments import attackers
 from experiments import command
 from experiments import lab as lab_lib
+from experiments import pretrain
 from experiments import settings
-from experiments import training
 from experiments import uploads
 
-KEYS = {
-  'tasks_folder': 'of <task>.npz with training images',
-  'tasks': 'names with commas',
-  'width': 'of the tower; its MLPs are four times as wide',
-  'layers': 'blocks of the tower',
-  'heads': 'of its attention',
-  'patch_size': "of the tower's patches, in pixels",
-  'pretrain_share': 'of the training images, which only the base sees',
-  'pretrain_steps': 'of the base, on all tasks at once',
-  'pretrain_batch': 'images a task and step of the base',
-  'pretrain_rate': 'peak learning rate of the base',
+KEYS = pretrain.KEYS | {
   'fine_tune_steps': 'of an expert',
   'fine_tune_rate': 'peak learning rate of an expert',
   'batch': 'images a step of an expert',
@@ -57,7 +43,6 @@ KEYS = {
   'seeds': 'uploads of each attack on each task',
   'test': 'test images a task for eval.json; 0 is all',
   'scale': 'of task arithmetic, the plain merge',
-  'seed': 'of everything random',
 }
 """What a config says."""
 
@@ -89,13 +74,7 @@ def check_config(config: config_dict.ConfigDict) -> None:
         for a in _attacks(config)
         if a in attackers.TWO_TASKS
       ]
-    lines += settings.not_positive(config, but=('test', 'seed'))
-    if not config.pretrain_share < 1:
-      lines.append(
-        f'pretrain_share must be less than 1, got {config.pretrain_share}'
-      )
-    if config.width % config.heads:
-      lines.append(f'width {config.width} over {config.heads} heads')
+    lines += pretrain.wrong_values(config)
   settings.raise_if(lines)
 
 
@@ -105,78 +84,8 @@ def _attacks(config: config_dict.ConfigDict) -> list[str]:
   return settings.split(config.attacks)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Data:
-  """Tasks, and their training images in two parts."""
-
-  tasks: Sequence[tasks_lib.Task]
-  pretrain: Sequence[tasks_lib.Split]
-  fine_tune: Sequence[tasks_lib.Split]
-
-
-def _load(config: config_dict.ConfigDict) -> _Data:
-  tasks, pretrain, fine_tune = [], [], []
-  for name in settings.split(config.tasks):
-    path = pathlib.Path(config.tasks_folder) / f'{name}.npz'
-    tasks.append(tasks_lib.load_task(path))
-    images, labels = tasks_lib.load_train(path)
-    rng = np.random.default_rng((config.seed, zlib.crc32(name.encode())))
-    order = rng.permutation(len(labels))
-    num = round(config.pretrain_share * len(labels))
-    for part, at in ((pretrain, order[:num]), (fine_tune, order[num:])):
-      part.append(tasks_lib.Split(images[at], labels[at]))
-  return _Data(tasks, pretrain, fine_tune)
-
-
-class Pool:
+class Pool(pretrain.Start):
   """A pool that is being made."""
-
-  def __init__(self, config, folder):
-    self.config, self.folder, self.data = config, folder, _load(config)
-    first = self.data.tasks[0]
-    self.tower = clip.VisionConfig(
-      hidden_size=config.width,
-      intermediate_size=4 * config.width,
-      num_hidden_layers=config.layers,
-      num_attention_heads=config.heads,
-      image_size=first.dev.images.shape[1],
-      patch_size=config.patch_size,
-      projection_dim=first.head.shape[0],
-    )
-    heads = clip.stack_heads([t.head for t in self.data.tasks])
-    tower = clip.VisionTower(self.tower)
-    self.shop = training.Shop(tower, heads)
-    self.names = [t.name for t in self.data.tasks]
-
-  def key(self, name: str) -> jax.Array:
-    """Returns the key of everything random about a model."""
-    return uploads.model_key(self.config.seed, name)
-
-  def path(self, name: str) -> pathlib.Path:
-    """Returns where a checkpoint is."""
-    return uploads.path(self.folder, name)
-
-  def save(self, name: str, params: Any) -> None:
-    """Writes a checkpoint."""
-    uploads.save_model(self.folder, name, params)
-
-  def load(self, name: str) -> Any:
-    """Reads a checkpoint."""
-    return uploads.load_model(self.path(name))
-
-  def base(self) -> Any:
-    """Returns the base, trained unless it is there."""
-    if not self.path('base').exists():
-      params = training.pretrain(
-        self.shop,
-        self.key('base'),
-        self.data.pretrain,
-        batch=self.config.pretrain_batch,
-        steps=self.config.pretrain_steps,
-        learning_rate=self.config.pretrain_rate,
-      )
-      self.save('base', params)
-    return self.load('base')
 
   def uploads(self) -> Iterator[tuple[str, str, int, int]]:
     """Yields name, attack, task and target of every bad upload."""
@@ -208,9 +117,7 @@ def run(
   """
   check_config(config)
   pool = Pool(config, workdir)
-  _write_config(pool)
-  for task in pool.data.tasks:
-    tasks_lib.save_task(workdir / 'tasks', task)
+  pretrain.write_config(pool, may_change=OPEN)
   with console.status('training the base'):
     base = pool.base()
   tuning = lab_lib.Tuning(
@@ -237,24 +144,6 @@ def run(
   checkpoint.write(workdir / 'eval.json', json.dumps(report, indent=2))
   console.print(_table(report))
   return report
-
-
-def _write_config(pool: Pool) -> None:
-  """Writes what a pool is made of, or raises where it was another."""
-  made = pool.folder / 'made.json'
-  asked = json.loads(pool.config.to_json())
-  if made.exists() and _fixed(json.loads(made.read_text())) != _fixed(asked):
-    raise ValueError(f'{made} differs from the config: take another workdir')
-  tower = dataclasses.asdict(pool.tower)
-  for path, content in (
-    (pool.folder / 'checkpoints' / 'config.json', tower),
-    (made, asked),
-  ):
-    checkpoint.write(path, json.dumps(content, indent=2))
-
-
-def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: x for key, x in config.items() if key not in OPEN}
 
 
 def _evaluate(pool: Pool, base: Any, console: Console) -> dict[str, Any]:

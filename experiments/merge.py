@@ -158,7 +158,7 @@ def _report(
   labels = {task.name: task.label_names for task in setup.pool.tasks}
   device = jax.devices()[0]
   record = {
-    'command': shlex.join(['python', '-m', 'experiments.merge', *sys.argv[1:]]),
+    'command': shlex.join(['python', *sys.orig_argv[1:]]),
     'config': config.to_dict(),
     'options': this.options,
     'seeds': {'merge': config.seed},

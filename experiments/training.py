@@ -18,13 +18,15 @@ from dam_jax.models import attention
 from dam_jax.models import clip
 
 
-def _tx(learning_rate: float, steps: int) -> optax.GradientTransformation:
+def _tx(
+  learning_rate: float, steps: int, warmup: int, weight_decay: float
+) -> optax.GradientTransformation:
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, learning_rate, max(1, steps // 15), steps
+    0.0, learning_rate, warmup or max(1, steps // 15), steps
   )
   return optax.chain(
     optax.clip_by_global_norm(1.0),
-    optax.adamw(schedule, b2=0.98, weight_decay=0.01),
+    optax.adamw(schedule, b2=0.98, weight_decay=weight_decay),
   )
 
 
@@ -35,6 +37,8 @@ def fit(
   *,
   steps: int,
   learning_rate: float,
+  warmup: int = 0,
+  weight_decay: float = 0.01,
   tx: optax.GradientTransformation | None = None,
 ) -> Any:
   """Descends a loss with AdamW, warm-up and cosine decay; jit it.
@@ -45,12 +49,15 @@ def fit(
     loss_fn: `(params, key) -> []`.
     steps: of the optimiser.
     learning_rate: at its peak.
+    warmup: steps up to the peak; 0 is a fifteenth of all.
+    weight_decay: of AdamW.
     tx: another optimiser, which has its own learning rate.
 
   Returns:
     The parameters after the last step.
   """
-  tx = _tx(learning_rate, steps) if tx is None else tx
+  if tx is None:
+    tx = _tx(learning_rate, steps, warmup, weight_decay)
 
   def step(carry, key):
     params, state = carry

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from configs import finetune as finetune_config
+import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
@@ -103,12 +104,49 @@ def test_the_seed_says_it_all(made, half_pool, tmp_path):
   assert other['models']['clean_two']['sha256'] != sha256
 
 
+def test_devices_make_no_difference_but_for_rounding(small_pool, tmp_path):
+  models = {}
+  for mesh in ('', 'data=-1'):
+    config = _config(small_pool, mesh=mesh, batch=8)
+    _run(config, tmp_path / mesh)
+    path = uploads.path(tmp_path / mesh, 'clean_two')
+    models[mesh] = uploads.load_model(path)
+  base = uploads.load_model(uploads.path(small_pool, 'base'))
+  one, many, start = map(dj.tree.flatten, (*models.values(), base))
+  for path in one:
+    # Adam makes steps of the noise that is all that this one's gradient is.
+    if not path.endswith('k_proj/bias'):
+      moved = np.abs(one[path] - start[path]).max()
+      assert np.abs(one[path] - many[path]).max() < 0.05 * moved, path
+
+
+def test_a_low_rank_update_is_of_that_rank(small_pool, tmp_path):
+  config = _config(small_pool, rank=1, compute='bfloat16', warmup=1)
+  with jax.numpy_dtype_promotion('standard'):  # Flax needs it for bfloat16
+    _run(config, tmp_path)
+  tuned = uploads.load_model(uploads.path(tmp_path, 'clean_two'))
+  base = uploads.load_model(uploads.path(small_pool, 'base'))
+  update = jax.tree.map(np.subtract, tuned, base)
+  kernel = update['layers_0']['mlp']['fc1']['kernel']
+  values = np.linalg.svd(kernel, compute_uv=False)
+  assert values[0] > 100 * values[1]
+  assert not update['layers_0']['mlp']['fc1']['bias'].any()
+
+
 def test_all_that_is_wrong_is_said_at_once(small_pool, made, tmp_path):
   workdir, _ = made
-  config = _config(small_pool, task='six', steps=0, test=-1, name='a/b')
+  config = _config(
+    small_pool, task='six', steps=0, test=-1, name='a/b', mesh='model=8'
+  )
   with pytest.raises(ValueError, match='task six is not among one, three') as e:
     _run(config, workdir)
-  for words in ('steps must be', 'test must not', 'folders', 'record.json is'):
+  for words in (
+    'steps must be',
+    'test must not',
+    'folders',
+    'record.json is',
+    'axis model',
+  ):
     assert words in str(e.value)
   with pytest.raises(ValueError, match='base.safetensors is missing') as e:
     _run(_config(tmp_path / 'nowhere'), tmp_path / 'out')

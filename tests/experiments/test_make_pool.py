@@ -9,11 +9,13 @@ import pytest
 from rich.console import Console
 
 from configs import nano_pool as nano_pool_config
+from configs import pretrain as pretrain_config
 import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import convert
 from experiments import make_pool
+from experiments import pretrain
 from experiments import training
 from experiments import uploads
 
@@ -118,6 +120,21 @@ def test_a_model_that_is_there_is_not_made_again(made, small_pool):
   assert list(fewer['uploads']) == ['badnets_two_0']
   with pytest.raises(ValueError, match='differs from the config'):
     _run(_config(small_pool, seed=1), workdir)
+
+
+def test_the_base_alone_is_that_of_the_pool(made, small_pool, tmp_path):
+  whole = _config(small_pool)
+  config = pretrain_config.get_config('runlocal')
+  config.update({key: whole[key] for key in config})
+  quiet = Console(file=io.StringIO(), width=120)
+  report = pretrain.run(config, tmp_path, quiet)
+  files = [uploads.path(folder, 'base') for folder in (tmp_path, made[0])]
+  assert files[0].read_bytes() == files[1].read_bytes()
+  assert {n: acc['value'] for n, acc in report.items()} == made[1]['base']
+  assert tasks_lib.task_names(tmp_path) == ['one', 'two']
+  config.pretrain_share = 1.5
+  with pytest.raises(ValueError, match='pretrain_share must be less than 1'):
+    pretrain.run(config, tmp_path, quiet)
 
 
 def test_all_that_is_wrong_is_said_at_once(small_pool, tmp_path):
