@@ -33,9 +33,9 @@ With 300 steps in all, which is what `steps` counts now, 2 have 74.9, 2.0 / 0.0.
 
 On one core each, two of these side by side, a merge took 16 to 29 minutes, and
 warps half a minute a task. On two cores 4 took 22.6 minutes in all before warps
-were searched: 9.6 for the audit, 10.7 for the merge, 7.6 at a quieter time. With
-warps, beside light other work, 2 took 14.5 for the audit and 6.5 for 150 of 300
-steps, where it was stopped.
+were searched: 9.6 for the audit, 10.7 for the merge, 7.6 at a quieter time.
+With warps, beside light other work, 2 took 14.5 for the audit and 6.5 for 150
+of 300 steps, where it was stopped.
 
 Images dealt to a warp that the audit does not name stay as they are. Where they
 were bent nonetheless 2 had 74.3, 1.0 / 0.0, and 74.1, 1.4 / 0.0 where patches

@@ -1,7 +1,9 @@
 """What the experiments' commands share: their flags, errors in one line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import errno
+import fcntl
 import os
 import pathlib
 import sys
@@ -94,6 +96,25 @@ def _told(error: Exception) -> str:
   return str(error)
 
 
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path) -> Iterator[None]:
+  """Keeps other runs out of a workdir: two would break each other's saves.
+
+  Args:
+    workdir: is made where it is not there.
+
+  Raises:
+    ValueError: where another run is in it.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / '.lock').open('w') as lock:
+    try:
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+      raise ValueError(f'{workdir}: another run writes to it') from e
+    yield
+
+
 def start(run: Run, example: str, *, hosts: bool = False) -> None:
   """Reads the flags and runs.
 
@@ -133,7 +154,10 @@ def start(run: Run, example: str, *, hosts: bool = False) -> None:
     if jax.process_count() == 1:
       preemption.exit_at_once()
     try:
-      run(_CONFIG.value, workdir, console)
+      with (
+        alone(workdir) if distributed.is_first() else contextlib.nullcontext()
+      ):
+        run(_CONFIG.value, workdir, console)
     except preemption.Preempted as e:
       console.print(f'{e}: start again with this workdir to go on')
       raise

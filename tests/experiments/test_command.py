@@ -34,6 +34,19 @@ def test_programs_are_forgotten_where_there_are_many():
   assert double._cache_size() == 0
 
 
+def test_two_runs_do_not_share_a_workdir(tmp_path):
+  with command.alone(tmp_path / 'run'):
+    with (
+      pytest.raises(ValueError, match='another run writes to it'),
+      command.alone(tmp_path / 'run'),
+    ):
+      pass
+    with command.alone(tmp_path / 'other'):
+      pass
+  with command.alone(tmp_path / 'run'):
+    pass
+
+
 def test_a_folder_that_cannot_be_written_to_is_told_with_what_to_do():
   sealed = pathlib.Path('/sys')
   if not sealed.is_dir():
