@@ -101,18 +101,26 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
   """Keeps other runs out of a workdir: two would break each other's saves.
 
   Args:
-    workdir: is made where it is not there.
+    workdir: is made where it is not there, and taken away again where nothing
+      was written.
 
   Raises:
     ValueError: where another run is in it.
   """
+  new = not workdir.exists()
   workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / '.lock').open('w') as lock:
+  path = workdir / '.lock'
+  with path.open('w') as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
       raise ValueError(f'{workdir}: another run writes to it') from e
-    yield
+    try:
+      yield
+    finally:
+      if new and [*workdir.iterdir()] == [path]:
+        path.unlink()
+        workdir.rmdir()
 
 
 def start(run: Run, example: str, *, hosts: bool = False) -> None:

@@ -43,8 +43,11 @@ def test_two_runs_do_not_share_a_workdir(tmp_path):
       pass
     with command.alone(tmp_path / 'other'):
       pass
+    assert not (tmp_path / 'other').exists()
+    (tmp_path / 'run' / 'report.json').touch()
   with command.alone(tmp_path / 'run'):
     pass
+  assert (tmp_path / 'run' / 'report.json').exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_told_with_what_to_do():
