@@ -231,7 +231,7 @@ class _Engine:
     return forward
 
   def _ascend(self, state, model, theta, draws: Batch, *, warm=False):
-    """Moves the adversary; no gradient in the weights."""
+    """Returns where the adversary moves; no gradient in the weights."""
     r, adversary = self.spec, self.spec.adversary
     assert adversary is not None
     forward = self._forward(model, theta)
@@ -269,8 +269,8 @@ class _Engine:
       gain_fn,
       self._mean,
     )
-    found = {f'perturbation/{key}': x for key, x in found.items()}
-    return params, opt_state, found
+    moved = {'adversary': params, 'adversary_state': opt_state}
+    return moved, {f'perturbation/{key}': x for key, x in found.items()}
 
   def _outer(self, state, model, draws, clean: float, safety: float):
     """Returns `theta -> (loss, metrics)` over one or two draws of images."""
@@ -334,10 +334,10 @@ class _Engine:
       if r.warmup_steps:
         warm = state.count < r.warmup_steps
         warm_up = functools.partial(self._ascend, warm=True)
-        *moved, fooled = lax.cond(warm, warm_up, self._ascend, *seen)
+        moved, fooled = lax.cond(warm, warm_up, self._ascend, *seen)
       else:
-        *moved, fooled = self._ascend(*seen)
-      state = state._replace(adversary=moved[0], adversary_state=moved[1])
+        moved, fooled = self._ascend(*seen)
+      state = state._replace(**moved)
       measured.update(fooled)
     learn = functools.partial(
       self._learn,
@@ -355,7 +355,7 @@ class _Engine:
       state.count >= r.warmup_steps,
       lambda state, _: learn(state),
       state,
-      self._metrics(measured, draws.num_tasks, model),
+      self._metrics(measured, draws),
     )
 
   def _learn(
@@ -424,7 +424,7 @@ class _Engine:
     state = state._replace(
       coefficients=coefficients, inner_state=inner_state, leak=leak
     )
-    return state, self._metrics(measured, draws.num_tasks, model)
+    return state, self._metrics(measured, draws)
 
   def _coefficient_stage(self, state, *, model, batch: Batch):
     r, c = self.spec, self.spec.coefficients
@@ -437,8 +437,8 @@ class _Engine:
     if r.coefficient_safety and r.adversary is not None:
       theta = self._combine(model, coefficients, values)
       images = draws.many(r.adversary.ascents)
-      *moved, measured = self._ascend(state, model, theta, images)
-      state = state._replace(adversary=moved[0], adversary_state=moved[1])
+      moved, measured = self._ascend(state, model, theta, images)
+      state = state._replace(**moved)
     safety = r.coefficient_safety
     own = [draws.one() for _ in range(self.spec.draws(1.0, safety))]
     outer = self._outer(state, model, own, 1.0, safety)
@@ -458,12 +458,12 @@ class _Engine:
       coefficients=optax.apply_updates(coefficients, updates),
       coefficient_state=coefficient_state,
     )
-    return state, self._metrics({**measured, **each}, draws.num_tasks, model)
+    return state, self._metrics({**measured, **each}, draws)
 
-  def _metrics(self, measured, num_tasks, model):
+  def _metrics(self, measured, draws):
     """Adds NaN for what this step did not measure, so that all steps agree."""
     per_task, scalars = self.spec.metrics()
-    dtype = model.base.vector.dtype
+    num_tasks, dtype = draws.num_tasks, jnp.result_type(*measured.values())
     nan = {name: jnp.full(num_tasks, jnp.nan, dtype) for name in per_task}
     nan |= {name: jnp.full([], jnp.nan, dtype) for name in scalars}
     return {**nan, **measured, 'finite': _all_finite(measured)}
@@ -471,7 +471,7 @@ class _Engine:
 
 def _all_finite(measured: Mapping[str, jax.Array]) -> jax.Array:
   finite = [jnp.all(jnp.isfinite(x)) for x in measured.values()]
-  return jnp.all(jnp.stack(finite)) if finite else jnp.ones([], bool)
+  return jnp.all(jnp.stack(finite))
 
 
 def _when(condition: jax.Array, fn: Callable, *carry: Any) -> Any:
