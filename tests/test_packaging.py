@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob('*.py'))
 # A module imports from layers above its own only.
 LAYERS = (
   ('typing',),
-  ('layout',),
+  ('compilation', 'layout'),
   ('tree',),
   ('base',),
   ('selection', 'warps'),

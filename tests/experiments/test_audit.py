@@ -172,6 +172,7 @@ def search(setup, folder):
     base_hash=setup.hashes['base'],
     folder=folder,
     seed=0,
+    compiler_options={},
   )
 
 
