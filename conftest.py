@@ -63,7 +63,7 @@ def _compile_fast(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope='session')
 def _collect_less_garbage():
-  """A tenth of the time went into looking at what imports have left."""
+  """What imports leave is for good, and need not be looked at again."""
   before = gc.get_threshold()
   gc.freeze()
   gc.set_threshold(50_000, 20, 20)
