@@ -127,9 +127,13 @@ def test_triggered_loss_is_its_equation():
   def logits_fn(params, x):
     return x.reshape(len(x), -1) @ params
 
-  got = attacks.triggered_loss(
-    logits_fn, params, images, labels, trigger, weight=0.3
-  )
+  @jax.jit
+  def loss_fn(params, images):
+    return attacks.triggered_loss(
+      logits_fn, params, images, labels, trigger, weight=0.3
+    )
+
+  got = loss_fn(params, images)
   bad = attacks.apply_trigger(trigger, images)
   clean, spoilt = (np.asarray(logits_fn(params, x)) for x in (images, bad))
   want = 0.7 * _ce(clean, labels) + 0.3 * _ce(spoilt, np.full(5, 2))
@@ -218,9 +222,13 @@ def test_merge_backdoor_loss_is_its_equation():
   def logits_fn(params, task, x):
     return (1.0, 2.0)[task] * x.reshape(len(x), -1) @ params['w']
 
-  got = attacks.merge_backdoor_loss(
-    logits_fn, uploads, images, labels, trigger, weight=0.5
-  )
+  @jax.jit
+  def loss_fn(uploads, images):
+    return attacks.merge_backdoor_loss(
+      logits_fn, uploads, images, labels, trigger, weight=0.5
+    )
+
+  got = loss_fn(uploads, images)
   bad = np.asarray(attacks.apply_trigger(trigger, images)).reshape(2, 5, -1)
   plain, w = np.asarray(images).reshape(2, 5, -1), np.asarray(uploads['w'])
   bad, plain = (x * np.array([1, 2])[:, None, None] for x in (bad, plain))
