@@ -70,7 +70,7 @@ TEST = [
   'equinox>=0.13',
   'hypothesis>=6.100.0',
   'pyrefly==1.4.*',
-  'pytest-xdist>=3.6',
+  'pytest-xdist>=3.8',
   'pytest>=8.2.0',
   'ruff==0.17.*',
   'tokenizers>=0.21',

@@ -85,7 +85,7 @@ class Shop:
   def init(self, key: jax.Array) -> Any:
     """Returns an untrained tower's parameters."""
     pixels = jnp.zeros((1, *self.tower.config.image_shape))
-    return self.tower.init(key, pixels)['params']
+    return jax.jit(self.tower.init)(key, pixels)['params']
 
   def features(self, params: Any, images: jax.Array) -> jax.Array:
     """Features `[N, D]` of images `[N, H, W, C]` in [0, 1]."""
