@@ -29,8 +29,9 @@ def file_hash(path: epath.PathLike) -> str:
 def file_hashes(paths: Mapping[str, epath.PathLike]) -> dict[str, str]:
   """Returns the SHA-256 of several files, which are read side by side.
 
-  Nothing is remembered from call to call: by size and time of change a file
-  that was put in place of another would be taken for it.
+  A core hashes about a gigabyte a second. Nothing is remembered from call to
+  call: by its size and the time of its last change, a file that was put in
+  place of another would be taken for it.
 
   Args:
     paths: by any name.
