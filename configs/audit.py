@@ -87,16 +87,16 @@ from ml_collections import config_dict
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal', which searches less and says little.
+    runlocal: whether to search less, which says little.
 
   Returns:
     The config; `experiments.audit.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.models = ''
@@ -104,9 +104,9 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.images = 64
   c.batch = 4
   c.first_round = 5
-  c.keep = 2 if local else 4
-  c.last_round = 5 if local else 20
-  c.warp_steps = 5 if local else 40
+  c.keep = 2 if runlocal else 4
+  c.last_round = 5 if runlocal else 20
+  c.warp_steps = 5 if runlocal else 40
   c.scale = 0.3
   c.seed = 0
   return c

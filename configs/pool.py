@@ -141,16 +141,16 @@ from experiments import methods
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal'.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.load.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.make = config_dict.ConfigDict()
@@ -163,19 +163,19 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.triggers = ''
   c.methods = 'static,dam_robust'
   c.options = {name: methods.config_options(name) for name in methods.ALL}
-  c.steps = 4 if local else 300
+  c.steps = 4 if runlocal else 300
   c.batch = 16
   c.compute = 'float32'
   c.scan_layers = False
   # On a CPU, 4 to 17 % less time a step, for 6 to 9 s more of compilation.
   c.compiler_options = {'xla_cpu_experimental_ynn_fusion_type': ''}
   c.mesh = ''
-  c.dev = 64 if local else 0
-  c.test = 50 if local else 0
+  c.dev = 64 if runlocal else 0
+  c.test = 50 if runlocal else 0
   c.report_on = 'test'
-  c.transfer_test = 20 if local else 50
+  c.transfer_test = 20 if runlocal else 50
   c.test_batch = 50
-  c.audit = not local
+  c.audit = not runlocal
   c.max_lost = 50
   c.keep_last = 1
   c.keep_every = 0
