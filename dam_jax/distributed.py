@@ -6,7 +6,7 @@ host reads, `global_batch` makes one batch of what all have read, and
 `check_agreement` stops a run whose hosts were given different things.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +25,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from dam_jax.sharding import check_images
-from dam_jax.typing import Batch
+from dam_jax.sharding import fsdp
+from dam_jax.sharding import make_mesh
+from dam_jax.typing import Batch, Params
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 """Environment variables that `initialize` reads."""
@@ -153,8 +155,17 @@ def share(
   return own
 
 
-def sum_over(
-  hosts: Hosts, found: Mapping[str, tuple[Any, Any]], like: Mapping[str, Any]
+def combiner(largest: bool) -> np.ufunc:
+  """Returns what makes one of two parts of a total: their sum, or larger."""
+  return np.maximum if largest else np.add
+
+
+def total_over(
+  hosts: Hosts,
+  found: Mapping[str, tuple[Any, Any]],
+  like: Mapping[str, Any],
+  *,
+  largest: Collection[str] = (),
 ) -> dict[str, tuple[Any, Any]]:
   """Sums arrays over processes.
 
@@ -164,6 +175,7 @@ def sum_over(
       same wherever they are.
     like: pytrees of the same structures for all names, of which a process may
       have found some.
+    largest: names of which the largest is wanted, in place of the sum.
 
   Returns:
     The same for all names.
@@ -180,20 +192,20 @@ def sum_over(
     for each in hosts.exchange(data.getvalue())
   ]
 
-  def total(i, parts, same):
+  def total(i, name, parts, same):
     shapes = jax.tree.leaves((parts, same))
     every = [
       [each[f'{i} {j}'] for j in range(len(shapes))]
       for each in sent
       if f'{i} 0' in each
     ]
-    num = len(jax.tree.leaves(parts))
-    sums = [functools.reduce(np.add, x) for x in zip(*every, strict=True)]
+    num, add = len(jax.tree.leaves(parts)), combiner(name in largest)
+    sums = [functools.reduce(add, x) for x in zip(*every, strict=True)]
     return jax.tree.unflatten(
       jax.tree.structure((parts, same)), [*sums[:num], *every[0][num:]]
     )
 
-  return {name: total(i, *x) for i, (name, x) in enumerate(like.items())}
+  return {name: total(i, name, *x) for i, (name, x) in enumerate(like.items())}
 
 
 def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -209,6 +221,35 @@ def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   for each in Hosts().exchange(file.getvalue()):
     out |= np.load(io.BytesIO(each), allow_pickle=False)
   return out
+
+
+def spread(arrays: Params) -> Params:
+  """Splits arrays that all processes can read over their devices.
+
+  Args:
+    arrays: a pytree of NumPy arrays, the same on all processes, such as memory
+      maps of a file: each process reads its part of them alone.
+
+  Returns:
+    Global arrays, each split as `dam_jax.sharding.fsdp` says. An array that it
+    does not split stays as it is, and so does one of a dtype that JAX would
+    change.
+
+  Examples:
+    >>> arrays = spread({'w': np.ones((16, 3), np.float32), 'b': np.ones(3)})
+    >>> arrays['w'].addressable_shards[0].data.shape, type(arrays['b']).__name__
+    ((2, 3), 'ndarray')
+  """
+  mesh = make_mesh()
+
+  def leaf_fn(x, spec):
+    if not any(spec) or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
+      return x
+    return jax.make_array_from_callback(
+      x.shape, NamedSharding(mesh, spec), lambda index: x[index]
+    )
+
+  return jax.tree.map(leaf_fn, arrays, fsdp(arrays, mesh, least=1))
 
 
 def from_first(like: Any, values: Any) -> Any:

@@ -38,6 +38,8 @@ METHODS = {
   'ties': dj.ties(0.3, 0.5),
   'ties_mergekit': dj.ties(0.3, weights=[1.0, 0.5, 0.2], reading='mergekit'),
   'dare': dj.dare(0.5),
+  'pcb': dj.pcb(0.4),
+  'pcb_code': dj.pcb(0.4, reading='code'),
 }
 
 
@@ -175,7 +177,7 @@ def test_holds_few_leaves_at_a_time(tx, most, monkeypatch):
 
 
 @pytest.mark.parametrize('block', [16, 160])
-@pytest.mark.parametrize('name', ['average', 'ties'])
+@pytest.mark.parametrize('name', ['average', 'ties', 'pcb'])
 def test_blocks_give_what_leaves_give(name, block, monkeypatch):
   tx = METHODS[name]
   assert isinstance(tx, dj.base.Entrywise)
