@@ -25,9 +25,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from dam_jax.sharding import check_images
-from dam_jax.sharding import fsdp
-from dam_jax.sharding import make_mesh
-from dam_jax.typing import Batch, Params
+from dam_jax.typing import Batch
 
 VARIABLES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 """Environment variables that `initialize` reads."""
@@ -221,35 +219,6 @@ def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   for each in Hosts().exchange(file.getvalue()):
     out |= np.load(io.BytesIO(each), allow_pickle=False)
   return out
-
-
-def spread(arrays: Params) -> Params:
-  """Splits arrays that all processes can read over their devices.
-
-  Args:
-    arrays: a pytree of NumPy arrays, the same on all processes, such as memory
-      maps of a file: each process reads its part of them alone.
-
-  Returns:
-    Global arrays, each split as `dam_jax.sharding.fsdp` says. An array that it
-    does not split stays as it is, and so does one of a dtype that JAX would
-    change.
-
-  Examples:
-    >>> arrays = spread({'w': np.ones((16, 3), np.float32), 'b': np.ones(3)})
-    >>> arrays['w'].addressable_shards[0].data.shape, type(arrays['b']).__name__
-    ((2, 3), 'ndarray')
-  """
-  mesh = make_mesh()
-
-  def leaf_fn(x, spec):
-    if not any(spec) or jax.dtypes.canonicalize_dtype(x.dtype) != x.dtype:
-      return x
-    return jax.make_array_from_callback(
-      x.shape, NamedSharding(mesh, spec), lambda index: x[index]
-    )
-
-  return jax.tree.map(leaf_fn, arrays, fsdp(arrays, mesh, least=1))
 
 
 def from_first(like: Any, values: Any) -> Any:
