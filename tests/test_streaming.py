@@ -186,8 +186,10 @@ def test_blocks_give_what_leaves_give(name, block, monkeypatch):
   blocks, source = stream(tx)
   assert set(blocks) == set(leaves)
   assert set(source.reads) == set(leaves)
+  # Sums of floats are rounded as they are cut, counts are not.
+  near = 1e-5 if name == 'pcb' else 0
   for path, leaf in leaves.items():
-    np.testing.assert_array_equal(blocks[path], leaf)
+    np.testing.assert_allclose(blocks[path], leaf, rtol=near, atol=near)
 
 
 def test_a_leaf_may_be_empty():
@@ -299,7 +301,8 @@ def test_hosts_read_and_put_their_own_leaves_and_agree(name):
   for merged, source in found:
     assert set(source.reads) == set(merged)
     for path, leaf in merged.items():
-      np.testing.assert_allclose(leaf, alone[path], rtol=1e-6, err_msg=path)
+      near = {'rtol': 1e-5, 'atol': 1e-5} if 'pcb' in name else {'rtol': 1e-6}
+      np.testing.assert_allclose(leaf, alone[path], **near, err_msg=path)
 
 
 def test_a_host_without_leaves_of_its_own_still_answers():
