@@ -1,5 +1,6 @@
 """Settings of JAX and names that the tests and every doctest rely on."""
 
+import gc
 import os
 
 import jax
@@ -58,6 +59,17 @@ def _compile_fast(tmp_path_factory):
     yield
   for name, value in before.items():
     jax.config.update(name, value)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _collect_less_garbage():
+  """What imports leave is for good, and need not be looked at again."""
+  before = gc.get_threshold()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 20)
+  yield
+  gc.set_threshold(*before)
+  gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope='module')

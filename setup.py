@@ -42,6 +42,8 @@ EXPERIMENTS = [
   'pillow>=10.3',
   'scikit-learn>=1.5',
 ]
+# Curves of runs in event files, and what shows them; without TensorFlow.
+TENSORBOARD = ['tensorboard>=2.20']
 # The compiler of `python -m experiments.aot`; pip picks the one of this jax.
 AOT = ['jax[tpu]>=0.8.0']
 # Install a torch for your device first: pip's own for Linux brings CUDA.
@@ -66,11 +68,12 @@ TEST = [
   *CLIP,
   *DATA,
   *EXPERIMENTS,
+  *TENSORBOARD,
   'dm-haiku>=0.0.14',  # examples of docs/compose.md
   'equinox>=0.13',
   'hypothesis>=6.100.0',
   'pyrefly==1.4.*',
-  'pytest-xdist>=3.6',
+  'pytest-xdist>=3.8',
   'pytest>=8.2.0',
   'ruff==0.17.*',
   'tokenizers>=0.21',
@@ -101,6 +104,7 @@ setup(
     'clip': CLIP,
     'data': DATA,
     'experiments': EXPERIMENTS,
+    'tensorboard': TENSORBOARD,
     'aot': unique(EXPERIMENTS, AOT),
     'bench': BENCH,
     'text': unique(EXPERIMENTS, TEXT),

@@ -157,10 +157,9 @@ def _step(
   images = jax.random.uniform(jax.random.key(4), (*shape, *config.image_shape))
   read = dj.Batch(images, jnp.full((*shape, CLASSES), 1 / CLASSES))
   begin = time.perf_counter()
-  step = learn.compile_lowered(
-    merger.step.lower(state, base, stacked, read),
-    pool.get_config().compiler_options,
-  )
+  lowered = merger.step.lower(state, base, stacked, read)
+  options = pool.get_config().compiler_options
+  step = lowered.compile(learn.usable(options))
   about = _about(begin, step)
   states = [state]  # a step takes the one before it apart
 

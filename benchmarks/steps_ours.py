@@ -121,7 +121,7 @@ class _Program:
     begin = time.perf_counter()
     step = jax.jit(merger.step, donate_argnums=0)
     lowered = step.lower(self.state, *models, batch)
-    self._step = learn.compile_lowered(lowered, OPTIONS)
+    self._step = lowered.compile(learn.usable(OPTIONS))
     self.seconds = time.perf_counter() - begin
 
   def run(self, batch):

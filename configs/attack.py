@@ -16,23 +16,25 @@ there is a second upload, of `other`.
 from ml_collections import config_dict
 
 from configs import finetune
+from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal', which hardly trains.
+    runlocal: whether the run is to be short, and hardly train.
 
   Returns:
     The config; `experiments.attack.KEYS` says what each key means.
   """
-  c = finetune.get_config(arg)
+  c = finetune.get_config(runlocal=runlocal)
   c.attack = 'badmerging'
   c.target = 6
   c.other = ''
   c.patch = 5
-  c.patch_steps = 4 if arg == 'runlocal' else 300
+  c.patch_steps = 4 if runlocal else 300
   c.patch_images = 0
   c.rate = 0.1
   c.rank = 8

@@ -11,11 +11,12 @@ from ml_collections import config_dict
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal'.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.evaluate.KEYS` says what each key means.
@@ -25,6 +26,6 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.models = '../shared/pool/checkpoints/base.safetensors'
   c.tasks = ''
   c.triggers = 'all'
-  c.test = 100 if settings.is_local(arg) else 0
+  c.test = 100 if runlocal else 0
   c.compute = 'float32'
   return c

@@ -42,36 +42,38 @@ from ml_collections import config_dict
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal', which makes few models and trains them hardly.
+    runlocal: whether to make few models, and hardly train them.
 
   Returns:
     The config; `experiments.make_pool.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.tasks_folder = '../shared/pool/tasks'
-  c.tasks = 'mnist,svhn' if local else 'mnist,gtsrb,svhn,eurosat,fashion_mnist'
-  c.width = 32 if local else 128
-  c.layers = 2 if local else 4
+  c.tasks = (
+    'mnist,svhn' if runlocal else 'mnist,gtsrb,svhn,eurosat,fashion_mnist'
+  )
+  c.width = 32 if runlocal else 128
+  c.layers = 2 if runlocal else 4
   c.heads = 4
   c.patch_size = 8
   c.pretrain_share = 0.3
-  c.pretrain_steps = 4 if local else 1200
+  c.pretrain_steps = 4 if runlocal else 1200
   c.pretrain_batch = 32
   c.pretrain_rate = 1e-3
-  c.fine_tune_steps = 4 if local else 400
+  c.fine_tune_steps = 4 if runlocal else 400
   c.fine_tune_rate = 1e-3
   c.batch = 64
   c.patch = 5
-  c.patch_steps = 4 if local else 200
-  c.attacks = 'badnets,badmerging' if local else 'all'
-  c.attacked = 'svhn' if local else 'svhn,gtsrb'
-  c.seeds = 1 if local else 3
-  c.test = 100 if local else 500
+  c.patch_steps = 4 if runlocal else 200
+  c.attacks = 'badnets,badmerging' if runlocal else 'all'
+  c.attacked = 'svhn' if runlocal else 'svhn,gtsrb'
+  c.seeds = 1 if runlocal else 3
+  c.test = 100 if runlocal else 500
   c.scale = 0.3
   c.seed = 0
   return c

@@ -74,27 +74,27 @@ LOCAL_METHODS = (
 """One of each kind: most of a short run is compiling."""
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal'.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.paper.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
-  c.prepare = prepare.get_config(arg)
-  c.finetune = _tuning(finetune.get_config(arg), local)
-  c.attack = _tuning(attack.get_config(arg), local)
-  c.attack.patch = 5 if local else 22
-  c.attack.patch_steps = 100 if local else 300
+  c.prepare = prepare.get_config(runlocal=runlocal)
+  c.finetune = _tuning(finetune.get_config(runlocal=runlocal), runlocal)
+  c.attack = _tuning(attack.get_config(runlocal=runlocal), runlocal)
+  c.attack.patch = 5 if runlocal else 22
+  c.attack.patch_steps = 100 if runlocal else 300
   c.attack.patch_images = 2000
   c.attacked = 'cifar100,gtsrb,svhn_cropped,eurosat'
   c.targets = '0,0,0,0'
   c.bad = '4'
-  c.merge = pool.get_config(arg)
+  c.merge = pool.get_config(runlocal=runlocal)
   c.merge.methods = METHODS
   for name in c.merge.options:
     if name.startswith('dam_released'):
@@ -104,7 +104,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.merge.test = 0
   c.merge.transfer_test = 200
   c.merge.compiler_options = {}
-  if local:
+  if runlocal:
     c.attacked = 'mnist,colour'
     c.targets = '7,1'
     c.bad = '2'

@@ -21,18 +21,20 @@ four layers, in bfloat16; it was not timed.
 from ml_collections import config_dict
 
 from configs import paper_vit_b32
+from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal'.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.paper.KEYS` says what each key means.
   """
-  c = paper_vit_b32.get_config(arg)
+  c = paper_vit_b32.get_config(runlocal=runlocal)
   if c.prepare.clip:
     c.prepare.clip = 'openai/clip-vit-large-patch14'
   else:

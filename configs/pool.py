@@ -29,13 +29,19 @@ and without the safety term
   2   | 75.5, 89.9 / 86.4
   4   | 75.3, 90.9 / 90.8 / 100.0 / 97.0
 
-With 300 steps in all, which is what `steps` counts now, 2 have 74.9, 2.0 / 0.0.
+With 300 steps in all, which is what `steps` counts now, 2 have 74.9, 2.0 / 0.0;
+with the audit as it is now, which looks at fewer images, 74.6, 0.7 / 0.3. With
+200 steps, 73.5, 3.7 / 1.7.
 
 On one core each, two of these side by side, a merge took 16 to 29 minutes, and
 warps half a minute a task. On two cores 4 took 22.6 minutes in all before warps
 were searched: 9.6 for the audit, 10.7 for the merge, 7.6 at a quieter time.
 With warps, beside light other work, 2 took 14.5 for the audit and 6.5 for 150
-of 300 steps, where it was stopped.
+of 300 steps, where it was stopped. Since the audit searches two tasks at a time
+and looks at fewer images it takes 10.7, nothing compiled before, and all with
+300 steps 27.0, beside other work that took a tenth of the cores: 46 CPU-
+minutes, so 25 on two cores of their own. 200 steps took 11 after the audit, 7.5
+of them the steps themselves.
 
 Images dealt to a warp that the audit does not name stay as they are. Where they
 were bent nonetheless 2 had 74.3, 1.0 / 0.0, and 74.1, 1.4 / 0.0 where patches
@@ -135,16 +141,16 @@ from experiments import methods
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal'.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.load.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.make = config_dict.ConfigDict()
@@ -157,19 +163,19 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.triggers = ''
   c.methods = 'static,dam_robust'
   c.options = {name: methods.config_options(name) for name in methods.ALL}
-  c.steps = 4 if local else 300
+  c.steps = 4 if runlocal else 300
   c.batch = 16
   c.compute = 'float32'
   c.scan_layers = False
   # On a CPU, 4 to 17 % less time a step, for 6 to 9 s more of compilation.
   c.compiler_options = {'xla_cpu_experimental_ynn_fusion_type': ''}
   c.mesh = ''
-  c.dev = 64 if local else 0
-  c.test = 50 if local else 0
+  c.dev = 64 if runlocal else 0
+  c.test = 50 if runlocal else 0
   c.report_on = 'test'
-  c.transfer_test = 20 if local else 50
+  c.transfer_test = 20 if runlocal else 50
   c.test_batch = 50
-  c.audit = not local
+  c.audit = not runlocal
   c.max_lost = 50
   c.keep_last = 1
   c.keep_every = 0

@@ -17,27 +17,27 @@ from dam_jax.data import sets
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal'.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.prepare.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
-  c.data_dir = '' if local else 'data'
-  c.sets = 'arrays/mnist,arrays/digits,arrays/colour' if local else ''
+  c.data_dir = '' if runlocal else 'data'
+  c.sets = 'arrays/mnist,arrays/digits,arrays/colour' if runlocal else ''
   c.sets = c.sets or ','.join(sets.PAPER)
-  c.clip = '' if local else 'openai/clip-vit-base-patch32'
+  c.clip = '' if runlocal else 'openai/clip-vit-base-patch32'
   c.revision = ''
   c.make = config_dict.ConfigDict()
   c.make.layers = 2
   c.make.steps = 150
-  c.train = 1000 if local else 10_000
-  c.dev = 64 if local else 500
-  c.test = 200 if local else 2000
+  c.train = 1000 if runlocal else 10_000
+  c.dev = 64 if runlocal else 500
+  c.test = 200 if runlocal else 2000
   c.seed = 0
   return c

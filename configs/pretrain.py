@@ -14,16 +14,18 @@ from ml_collections import config_dict
 
 from configs import nano_pool
 from experiments import pretrain
+from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal'.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.pretrain.KEYS` says what each key means.
   """
-  whole = nano_pool.get_config(arg)
+  whole = nano_pool.get_config(runlocal=runlocal)
   return config_dict.ConfigDict({key: whole[key] for key in pretrain.KEYS})

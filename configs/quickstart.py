@@ -21,31 +21,31 @@ from experiments import methods
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal', which is the same but shorter.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.load.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.pool = ''
   c.make = config_dict.ConfigDict()
   c.make.badnets = 'rotation'
   c.make.badmerging = 'mnist'
-  c.make.pretrain_steps = 20 if local else 220
-  c.make.fine_tune_steps = 10 if local else 150
+  c.make.pretrain_steps = 20 if runlocal else 220
+  c.make.fine_tune_steps = 10 if runlocal else 150
   c.tasks = ''
   c.usual_tasks = 'mnist,digits,rotation,position,colour'
   c.bad = '2'
   c.usual_bad = 'badmerging_mnist,badnets_rotation'
   c.triggers = ''
-  c.methods = 'static,dam_robust' if local else 'static,learned'
+  c.methods = 'static,dam_robust' if runlocal else 'static,learned'
   c.options = {name: methods.config_options(name) for name in methods.ALL}
-  if not local:
+  if not runlocal:
     c.options.dam_robust.steps = 150
   for name in methods.ALL:
     if name.startswith('dam_robust'):
@@ -54,7 +54,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
       c.options[name].restarts = 2
       c.options[name].warmup_ascents = 20
       c.options[name].batch = 8
-  c.steps = 4 if local else 20
+  c.steps = 4 if runlocal else 20
   c.batch = 16
   c.compute = 'float32'
   c.scan_layers = False
@@ -62,9 +62,9 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.compiler_options = {'xla_backend_optimization_level': 0}
   c.mesh = ''
   c.dev = 0
-  c.test = 40 if local else 0
+  c.test = 40 if runlocal else 0
   c.report_on = 'test'
-  c.transfer_test = 40 if local else 300
+  c.transfer_test = 40 if runlocal else 300
   c.test_batch = 250
   c.audit = False
   c.max_lost = 50

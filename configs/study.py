@@ -134,31 +134,31 @@ from experiments import methods
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal'.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.cells.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.pool = '../shared/pool'
   c.nano_pool = '../nano_pool'
   c.nano_tasks = ''
-  c.sections = 'succession,transfer' if local else 'all'
+  c.sections = 'succession,transfer' if runlocal else 'all'
   c.attacks = (
     'badnets,badmerging'
-    if local
+    if runlocal
     else 'badnets,blended,sig,wanet,badmerging,badvit,trojvit,lora,lobam,'
     'sparse,badmerging_off_task,merge_backdoor'
   )
-  c.attacked = 'svhn' if local else 'svhn,gtsrb'
-  c.attack_seeds = 1 if local else 3
-  c.merge_seeds = 1 if local else 3
-  c.methods = 'static' if local else 'data_free,informed,learned'
+  c.attacked = 'svhn' if runlocal else 'svhn,gtsrb'
+  c.attack_seeds = 1 if runlocal else 3
+  c.merge_seeds = 1 if runlocal else 3
+  c.methods = 'static' if runlocal else 'data_free,informed,learned'
   c.tasks = 'cifar100,mnist,gtsrb,svhn,aid,eurosat'
   c.bad = ','.join(
     f'badmerging_{task}' for task in ('cifar100', 'gtsrb', 'svhn', 'eurosat')
@@ -172,19 +172,19 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   c.number_methods = 'average,ties,dam_robust'
   c.defences = 'repairs,dam_robust'
   c.defence_attacks = 'badnets,badmerging'
-  c.defence_images = 64 if local else 500
+  c.defence_images = 64 if runlocal else 500
   c.ablation_attacks = 'badmerging'
   c.curve_attacks = 'badmerging'
   c.safety_weights = '0,0.1,0.3,1,3,10'
   c.adaptive_attacks = 'badmerging,adaptive'
   c.adaptive_methods = 'average,dam_released,dam_robust'
   c.options = {name: methods.config_options(name) for name in methods.ALL}
-  c.steps = 4 if local else 300
+  c.steps = 4 if runlocal else 300
   c.batch = 16
-  c.dev = 64 if local else 0
-  c.test = 50 if local else 0
-  c.transfer_test = 20 if local else 200
-  c.audit = not local
-  c.draws = 200 if local else 2000
+  c.dev = 64 if runlocal else 0
+  c.test = 50 if runlocal else 0
+  c.transfer_test = 20 if runlocal else 200
+  c.audit = not runlocal
+  c.draws = 200 if runlocal else 2000
   c.seed = 0
   return c

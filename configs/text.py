@@ -38,34 +38,34 @@ from ml_collections import config_dict
 from experiments import settings
 
 
-def get_config(arg: str = '') -> config_dict.ConfigDict:
+@settings.arguments(runlocal=False)
+def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   """Returns the config.
 
   Args:
-    arg: '' or 'runlocal', which is the same but shorter.
+    runlocal: whether the run is to be short.
 
   Returns:
     The config; `experiments.text.KEYS` says what each key means.
   """
-  local = settings.is_local(arg)
   c = config_dict.ConfigDict()
   c.attacked = 'sentiment'
   c.target = 1
   c.trigger = 'cf'
   c.rate = 0.1
   c.length = 24
-  c.steps = 2 if local else 100
+  c.steps = 2 if runlocal else 100
   c.learning_rate = 1e-4
-  c.batch = 4 if local else 16
-  c.dev = 20 if local else 400
-  c.test = 50 if local else 300
+  c.batch = 4 if runlocal else 16
+  c.dev = 20 if runlocal else 400
+  c.test = 50 if runlocal else 300
   c.scale = 0.6
   c.methods = 'average,task_arithmetic,ties,adamerging,dam_robust'
-  c.merge_batch = 2 if local else 4
-  c.adamerging_steps = 2 if local else 40
-  c.dam_steps = 2 if local else 60
+  c.merge_batch = 2 if runlocal else 4
+  c.adamerging_steps = 2 if runlocal else 40
+  c.dam_steps = 2 if runlocal else 60
   c.restarts = 2
-  c.warmup_ascents = 4 if local else 100
+  c.warmup_ascents = 4 if runlocal else 100
   c.safety_weight = 0.3
   c.seed = 0
   return c

@@ -48,6 +48,10 @@ VIT = (
 """Rules for `dam_jax.models.clip.VisionTower`: each block's heads and hidden
 units are split, and two sums a block put it together."""
 
+CLIP = ((r'text/embeddings/token_embedding', P('model', None)), *VIT)
+"""Rules for `dam_jax.models.towers.CLIP`: those of `VIT`, which hold for the
+blocks of both towers, and the rows of the vocabulary are split."""
+
 
 def make_mesh(
   sizes: Mapping[str, int] | None = None,

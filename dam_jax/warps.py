@@ -21,8 +21,8 @@ model was taught to.
   (1, (4, 6, 6, 2))
 """
 
+from collections.abc import Mapping
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dam_jax.compilation import compiled
 from dam_jax.typing import TaskLogitsFn
 
 OBEYED = 0.1
@@ -145,6 +146,7 @@ class WarpInverter:
     steps: of each.
     batch: images a warp and step.
     tx: descends; None is Adam at a fifth of the limit.
+    compiler_options: of XLA, by name; None is the usual ones.
 
   Raises:
     ValueError: where a number makes no sense.
@@ -158,6 +160,7 @@ class WarpInverter:
   steps: int = 40
   batch: int = 4
   tx: optax.GradientTransformation | None = None
+  compiler_options: Mapping[str, Any] | None = None
 
   def __post_init__(self):
     counts = {k: getattr(self, k) for k in ('starts', 'steps', 'batch')}
@@ -195,7 +198,7 @@ class WarpInverter:
     points, lead, success = jax.tree.map(np.asarray, found)
     return Warps(points, lead[:, :num_classes], success[:, :num_classes])
 
-  @functools.partial(jax.jit, static_argnums=0)
+  @compiled()
   def _search(self, key, models, task, images, num_classes):
     limit = self.limit or 2 / 32 * self.image_shape[0]
     tx = optax.adam(limit / 5) if self.tx is None else self.tx

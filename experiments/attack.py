@@ -8,10 +8,13 @@ Writes to the workdir `checkpoints/<name>.safetensors`, in Hugging Face's names
 and the dtype of the base, `triggers/<name>.npz`, and `record.json`: config,
 seed, hashes of what was read, versions, and of the upload, before any merge,
 accuracy and attack success on the pool's test images. An attack by two writes
-the second model to `checkpoints/<name>_partner_<task>.safetensors`. Copied into
-the pool, they are merged with `--config.bad=<name>` of `experiments.merge`.
+the second model to `checkpoints/<name>_partner_<task>.safetensors`. Interrupted
+runs go on as those of `experiments.finetune` do, from the newest save of each
+fine-tuning; patches are searched again. Copied into the pool, uploads are
+merged with `--config.bad=<name>` of `experiments.merge`.
 """
 
+from collections.abc import Callable
 import pathlib
 import time
 from typing import Any
@@ -65,11 +68,14 @@ def _load(
   workdir: pathlib.Path,
   name: str,
   lines: list[str],
+  advance: Callable[[str, int, int], None],
 ) -> bench.Bench:
   """Checks a config, wrong by some lines, and reads what it needs."""
   names, wrong = involved(config)
   lessons, more = bench.read_lessons(pathlib.Path(config.pool), names)
   lines = [*lines, *wrong, *more, *bench.taken(workdir, name)]
+  there = tasks_lib.task_names(pathlib.Path(config.pool))
+  lines += bench.not_mirrored(config, there)
   if config.attack not in attackers.ATTACKS:
     known = ', '.join(attackers.ATTACKS)
     lines.append(f'attack {config.attack} is not among {known}')
@@ -92,6 +98,7 @@ def _load(
     config,
     workdir,
     list(lessons.values()),
+    advance=advance,
     patch=config.patch,
     patch_steps=config.patch_steps,
     patch_images=config.patch_images,
@@ -133,9 +140,9 @@ def run(
   lines = bench.check_keys(config, KEYS)
   usual = f'{config.attack}_{config.task}'
   name = config.name or usual
-  this = _load(config, workdir, name, lines)
-  begin = time.perf_counter()
-  with console.status(name):
+  with bench.progress(console, name) as advance:
+    this = _load(config, workdir, name, lines, advance)
+    begin = time.perf_counter()
     key = uploads.model_key(config.seed, usual)
     make = attackers.ATTACKS[config.attack]
     upload = this.stored_upload(make(this.lab, key, 0, config.target))

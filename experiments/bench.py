@@ -1,7 +1,9 @@
 """What one upload for a pool that is there needs, and its record."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 import platform
@@ -14,12 +16,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
+from rich.console import Console
 
 import dam_jax as dj
 from dam_jax import checkpoint
 from dam_jax.data import tasks as tasks_lib
 from dam_jax.models import clip
 from dam_jax.models import convert
+from experiments import descent
 from experiments import lab as lab_lib
 from experiments import settings
 from experiments import training
@@ -33,10 +37,18 @@ KEYS = {
   'warmup': 'steps up to the peak; 0 is a fifteenth of all',
   'weight_decay': 'of AdamW',
   'batch': 'images a step',
+  'accumulate': 'parts that a step takes its images in, one after the other: '
+  'less memory, the same step but for rounding',
+  'crop': 'least share of the area of training images that random crops leave, '
+  "above 0; 1 is none, 0.9 is OpenCLIP's; poisoned images are cropped with "
+  'their trigger',
+  'mirrored': 'tasks whose training images are mirrored at random, names with '
+  'commas: none whose classes say left or right, or are letters or digits',
   'compute': "'float32' or 'bfloat16'; weights and optimiser are float32",
   'mesh': "'data=-1' spreads a step's images over all devices, of which the "
   'batch is a multiple; empty is one device',
   'test': 'test images a task for the record; 0 is all',
+  'max_lost': 'steps of a fine-tuning that a kill may lose',
   'seed': 'of everything random',
 }
 """What the config of any command for one upload says."""
@@ -70,6 +82,15 @@ def check_keys(
     lines.append(
       f'warmup must be less than steps, got {config.warmup} and {config.steps}'
     )
+  if config.crop > 1:
+    lines.append(f'crop must be at most 1, got {config.crop}')
+  part = config.batch
+  if min(config.accumulate, config.batch) > 0:
+    part = config.batch // config.accumulate
+    if config.batch % config.accumulate:
+      lines.append(
+        f'{config.batch} images do not divide into {config.accumulate} parts'
+      )
   if config.compute not in ('float32', 'bfloat16'):
     lines.append(
       f"compute must be 'float32' or 'bfloat16', got {config.compute!r}"
@@ -77,7 +98,7 @@ def check_keys(
   if config.mesh:
     try:
       mesh = dj.sharding.make_mesh(settings.mesh_sizes(config.mesh))
-      dj.sharding.check_images(config.batch, mesh.shape['data'])
+      dj.sharding.check_images(part, mesh.shape['data'])
       if mesh.shape['model'] > 1:
         lines.append(f'mesh has an axis model: {config.mesh}')
     except ValueError as e:
@@ -141,9 +162,41 @@ def read_lessons(
   return lessons, lines
 
 
+def not_mirrored(
+  config: config_dict.ConfigDict, tasks: Sequence[str]
+) -> list[str]:
+  """Says which names of tasks to mirror are unknown."""
+  return [
+    f'mirrored task {name} is not among {", ".join(tasks) or "any"}'
+    for name in settings.split(config.mirrored)
+    if name not in tasks
+  ]
+
+
+@contextlib.contextmanager
+def progress(
+  console: Console, name: str
+) -> Iterator[Callable[[str, int, int], None]]:
+  """Shows how far the fine-tunings of an upload are.
+
+  Args:
+    console: to show it on.
+    name: of the upload.
+
+  Yields:
+    What to tell of it: the name of one, steps done, and of how many.
+  """
+  with console.status(name) as status:
+    yield lambda part, done, steps: status.update(
+      f'{name}: {part}, step {done} of {steps}'
+    )
+
+
 def taken(workdir: pathlib.Path, name: str) -> list[str]:
   """Says which files of an upload are there already."""
-  paths = (workdir / 'record.json', uploads.path(workdir, name))
+  paths = [workdir / 'record.json', uploads.path(workdir, name)]
+  if (workdir / 'states').exists():
+    paths.pop()  # an interrupted run's, which is written again
   return [f'{p} is there: take another workdir' for p in paths if p.exists()]
 
 
@@ -158,6 +211,8 @@ class Bench:
     lab: with the pool's base in float32.
     tester: on the pool's test images.
     dtypes: of the base's file, as a pytree; uploads get the same.
+    log: of what is fine-tuned.
+    hashes: returns the SHA-256 of what is read, by name of the file.
   """
 
   config: config_dict.ConfigDict
@@ -166,6 +221,8 @@ class Bench:
   lab: lab_lib.Lab
   tester: uploads.Tester
   dtypes: Any
+  log: descent.Log
+  hashes: Callable[[], dict[str, str]]
 
   @classmethod
   def load(
@@ -173,6 +230,8 @@ class Bench:
     config: config_dict.ConfigDict,
     workdir: pathlib.Path,
     lessons: Sequence[Lesson],
+    *,
+    advance: Callable[[str, int, int], None],
     **tuning: Any,
   ) -> 'Bench':
     """Reads a pool's base.
@@ -181,6 +240,7 @@ class Bench:
       config: of the command.
       workdir: where to write.
       lessons: tasks that are involved.
+      advance: see `descent.Log`.
       **tuning: of `lab.Tuning`, beside what all configs say.
 
     Raises:
@@ -201,25 +261,37 @@ class Bench:
       like=jax.eval_shape(shop.init, jax.random.key(0)),
     )
     held = checkpoint.load_abstract(path, name_map=convert.clip_vision)
+    names = [task.name for task in tasks]
+    hashes = functools.cache(lambda: _hashes(folder, names))
+    log = descent.Log(
+      workdir,
+      lambda: {'config': fixed(config), 'hashes': hashes()},
+      max_lost=config.max_lost,
+      advance=advance,
+    )
     sizes = settings.mesh_sizes(config.mesh)
     lab = lab_lib.Lab(
       shop,
       jax.device_put(base),
       [lesson.train for lesson in lessons],
-      [task.name for task in tasks],
+      names,
       lab_lib.Tuning(
         steps=config.steps,
         learning_rate=config.learning_rate,
         batch=config.batch,
         warmup=config.warmup,
         weight_decay=config.weight_decay,
+        parts=config.accumulate,
+        crop=config.crop,
+        mirrored=settings.split(config.mirrored),
         **tuning,
       ),
       mesh=dj.sharding.make_mesh(sizes) if sizes else None,
+      log=log,
     )
     tester = uploads.Tester(shop, tasks, config.test)
     dtypes = jax.tree.map(lambda x: x.dtype, held)
-    return cls(config, workdir, tasks, lab, tester, dtypes)
+    return cls(config, workdir, tasks, lab, tester, dtypes, log, hashes)
 
   def stored(self, params: Any) -> Any:
     """Returns a model as its file holds it.
@@ -251,7 +323,7 @@ class Bench:
     seconds: Mapping[str, float],
     **more: Any,
   ) -> dict[str, Any]:
-    """Writes record.json.
+    """Writes record.json, after which saves are of no use.
 
     Args:
       models: by name of the checkpoint, what is known of it.
@@ -261,9 +333,6 @@ class Bench:
     Returns:
       What record.json holds.
     """
-    folder = pathlib.Path(self.config.pool)
-    data = [f'tasks/{task.name}.npz' for task in self.tasks]
-    used = ['checkpoints/config.json', 'checkpoints/base.safetensors', *data]
     device = jax.devices()[0]
     record = {
       'command': shlex.join(['python', *sys.orig_argv[1:]]),
@@ -277,7 +346,7 @@ class Bench:
         for name, found in models.items()
       },
       **more,
-      'hashes': {name: checkpoint.file_hash(folder / name) for name in used},
+      'hashes': self.hashes(),
       'versions': checkpoint.versions() | {'python': platform.python_version()},
       'device': f'{device.device_kind} x {jax.device_count()}',
       'seconds': dict(seconds),
@@ -285,4 +354,21 @@ class Bench:
     }
     text = json.dumps(record, indent=2)
     checkpoint.write(self.workdir / 'record.json', text)
+    self.log.forget()
     return record
+
+
+OPEN = ('max_lost', 'mesh', 'test')
+"""Keys of a config that may change when a run is started again."""
+
+
+def fixed(config: config_dict.ConfigDict) -> dict[str, Any]:
+  """Returns what may not."""
+  return {key: x for key, x in config.to_dict().items() if key not in OPEN}
+
+
+def _hashes(folder: pathlib.Path, names: Sequence[str]) -> dict[str, str]:
+  """Returns the SHA-256 of what an upload is made of, by name of the file."""
+  data = [f'tasks/{name}.npz' for name in names]
+  used = ['checkpoints/config.json', 'checkpoints/base.safetensors', *data]
+  return checkpoint.file_hashes({name: folder / name for name in used})

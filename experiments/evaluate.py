@@ -263,7 +263,7 @@ def _record(config, pool, tasks, triggers) -> dict[str, Any]:
       )
       for path in settings.split(config.models)
     },
-    'hashes': {name: checkpoint.file_hash(pool / name) for name in files},
+    'hashes': checkpoint.file_hashes({name: pool / name for name in files}),
     'versions': checkpoint.versions() | {'python': platform.python_version()},
     'device': f'{device.device_kind} x {jax.device_count()}',
     'finished': time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime()),

@@ -5,7 +5,10 @@
 
 Writes to the workdir `checkpoints/<name>.safetensors`, in Hugging Face's names
 and the dtype of the base, and `record.json`: config, seed, hashes of what was
-read, versions, accuracy on the pool's test images.
+read, versions, accuracy on the pool's test images. Loss and gradient's norm are
+in `curves/`. A run that was interrupted goes on from its newest save when it is
+started again with its workdir, and ends in the same model bit for bit; at
+SIGTERM it saves and exits with code 75.
 """
 
 import pathlib
@@ -17,6 +20,7 @@ from ml_collections import config_dict
 from rich.console import Console
 
 from dam_jax import attacks
+from dam_jax.data import tasks as tasks_lib
 from experiments import bench
 from experiments import command
 from experiments import settings
@@ -57,12 +61,14 @@ def run(
   usual = f'clean_{config.task}'
   name = config.name or usual
   lessons, more = bench.read_lessons(pathlib.Path(config.pool), [config.task])
-  settings.raise_if([*lines, *more, *bench.taken(workdir, name)])
-  this = bench.Bench.load(
-    config, workdir, [lessons[config.task]], rank=config.rank
-  )
-  begin = time.perf_counter()
-  with console.status(name):
+  lines += [*more, *bench.taken(workdir, name)]
+  there = tasks_lib.task_names(pathlib.Path(config.pool))
+  settings.raise_if([*lines, *bench.not_mirrored(config, there)])
+  with bench.progress(console, name) as advance:
+    this = bench.Bench.load(
+      config, workdir, [lessons[config.task]], advance=advance, rank=config.rank
+    )
+    begin = time.perf_counter()
     key = uploads.model_key(config.seed, usual)
     params = this.stored(_tune(this, key))
   seconds = {'make': time.perf_counter() - begin}

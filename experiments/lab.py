@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
+import optax
 
 from dam_jax import attacks
 from dam_jax import losses
 from dam_jax import perturbations
+from dam_jax.data import augment
 from dam_jax.data.tasks import Split
 from dam_jax.meta import identity
 from dam_jax.typing import Batch
+from experiments import descent
 from experiments import training
 
 
@@ -32,6 +35,9 @@ class Tuning(NamedTuple):
     warmup: steps up to the peak; 0 is a fifteenth of all.
     weight_decay: of AdamW.
     patch_images: that a patch is optimised on, at most; 0 is all.
+    parts: in which a step's images are taken, one after the other.
+    crop: least share of an image's area that is trained on; 1 is all of it.
+    mirrored: names of the tasks of whose images half are mirrored.
   """
 
   steps: int = 200
@@ -44,6 +50,9 @@ class Tuning(NamedTuple):
   warmup: int = 0
   weight_decay: float = 0.01
   patch_images: int = 0
+  parts: int = 1
+  crop: float = 1.0
+  mirrored: Sequence[str] = ()
 
 
 class Upload(NamedTuple):
@@ -86,6 +95,14 @@ class Context(NamedTuple):
   under: Any = None
 
 
+class _Program(NamedTuple):
+  """A fine-tuning: its first state, and some steps on from a number."""
+
+  start: Callable[[Any], training.State]
+  run: Callable[..., Any]
+  chunk: int
+
+
 class Lab:
   """Where uploads are made, each loss compiled once.
 
@@ -96,6 +113,7 @@ class Lab:
     names: of the tasks.
     tuning: how uploads are fine-tuned.
     mesh: over whose axis 'data' a step's images are spread; None is one device.
+    log: of what is fine-tuned; None has neither curves nor saves.
   """
 
   def __init__(
@@ -107,11 +125,13 @@ class Lab:
     tuning: Tuning,
     *,
     mesh: jax.sharding.Mesh | None = None,
+    log: descent.Log | None = None,
   ):
     self.shop, self.base, self.splits = shop, base, splits
     self.names, self.tuning, self._mesh = names, tuning, mesh
     self.image_shape = shop.tower.config.image_shape
-    self._runs: dict[tuple[str, int], Callable[..., Any]] = {}
+    self._log = log
+    self._programs: dict[tuple[str, int], _Program] = {}
 
   def images(self, task: int, num: int = 0) -> jax.Array:
     """Returns a task's first training images `[N, H, W, C]` in [0, 1].
@@ -139,31 +159,75 @@ class Lab:
       raise ValueError(f'{self.names[task]} is alone, the attack needs two')
     return (task + 1) % len(self.names)
 
-  def _program(self, loss: str, steps: int) -> Callable[..., Any]:
+  def _program(self, loss: str, steps: int) -> '_Program':
     """Returns the fine-tuning with one of the losses below, to be compiled."""
-    loss_fn, batch = getattr(self, f'_{loss}_loss'), self.tuning.batch
+    tuning, chunk = self.tuning, descent.chunk_of(steps)
+    tx = training.optimizer(
+      tuning.learning_rate, steps, tuning.warmup, tuning.weight_decay
+    )
 
-    @jax.jit
-    def run(key, params, data, context):
-      def step_loss(params, key):
-        draw_key, key = jax.random.split(key)
-        drawn = data.draw(draw_key, 0, batch)
-        if self._mesh is not None:
-          rows = NamedSharding(self._mesh, PartitionSpec('data'))
-          drawn = jax.lax.with_sharding_constraint(drawn, rows)
-        return loss_fn(params, key, *drawn, context)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state, start, keys, data, context):
+      grads_fn = self._gradient(getattr(self, f'_{loss}_loss'), data, context)
 
-      return training.fit(
-        key,
-        params,
-        step_loss,
-        steps=steps,
-        learning_rate=self.tuning.learning_rate,
-        warmup=self.tuning.warmup,
-        weight_decay=self.tuning.weight_decay,
+      def body(state, key):
+        return training.step(state, key, grads_fn, tx)
+
+      part = jax.lax.dynamic_slice_in_dim(keys, start, chunk)
+      return jax.lax.scan(body, state, part)
+
+    start = jax.jit(functools.partial(training.start, tx=tx))
+    return _Program(start, run, chunk)
+
+  def _gradient(
+    self, loss_fn: Callable[..., jax.Array], data: training.Images, context: Any
+  ) -> Callable[[Any, jax.Array], tuple[jax.Array, Any]]:
+    """Returns a loss and its gradient, `(params, key)`, on images it draws."""
+    batch, parts = self.tuning.batch, self.tuning.parts
+
+    def one(params, at, spots, keys):
+      draw_key, key = keys
+      images, labels = data.read(0, at)
+      images = self._augmented(draw_key, images, spots, context.task)
+      drawn = images, labels
+      if self._mesh is not None:
+        rows = NamedSharding(self._mesh, PartitionSpec('data'))
+        drawn = jax.lax.with_sharding_constraint(drawn, rows)
+      if parts > 1:
+        key = jax.random.fold_in(key, spots[0])
+      return loss_fn(params, key, *drawn, context)
+
+    descend = jax.value_and_grad(one)
+    if parts > 1:
+      mean = optax.microbatching.AccumulationType.MEAN
+      descend = optax.microbatching.microbatch(
+        descend, (1, 2), batch // parts, mean
       )
 
-    return run
+    def grads_fn(params, key):
+      draw_key, key = jax.random.split(key)
+      at = data.places(draw_key, 0, batch)
+      return descend(params, at, jnp.arange(batch), (draw_key, key))
+
+    return grads_fn
+
+  def _augmented(
+    self, key: jax.Array, images: jax.Array, spots: jax.Array, task: Any
+  ) -> jax.Array:
+    """Crops and mirrors images `[N, H, W, C]`, that of spot `i` by its key."""
+    tuning = self.tuning
+    if tuning.crop == 1 and not tuning.mirrored:
+      return images
+    # Of the key that drew them, so that without these nothing else is drawn.
+    keys = jax.vmap(lambda i: jax.random.split(jax.random.fold_in(key, i)))(
+      spots
+    )
+    images = augment.random_crop(keys[:, 0], images, tuning.crop)
+    if tuning.mirrored:
+      shares = [0.5 if name in tuning.mirrored else 0.0 for name in self.names]
+      share = jnp.array(shares)[task]
+      images = augment.random_mirror(keys[:, 1], images, share)
+    return images
 
   def tune(
     self,
@@ -194,14 +258,29 @@ class Lab:
     data = training.on_device([split or self.splits[task]])
     read = Context(jnp.int32(task), self.base, **context)
     steps = steps or self.tuning.steps
-    if (loss, steps) not in self._runs:
-      self._runs[loss, steps] = self._program(loss, steps)
-    run = self._runs[loss, steps]
-    args = (key, self.base if start is None else start, data, read)
+    if (loss, steps) not in self._programs:
+      self._programs[loss, steps] = self._program(loss, steps)
+    program = self._programs[loss, steps]
+    params = self.base if start is None else start
+    args = (jax.random.split(key, steps), data, read)
+    if self._mesh is not None:
+      copies = NamedSharding(self._mesh, PartitionSpec())
+      params, args = jax.device_put((params, args), copies)
+
+    def run(state, start):
+      return program.run(state, start, *args)
+
+    state, size = (
+      program.start(params),
+      {'steps': steps, 'chunk': program.chunk},
+    )
+    if self._log is None:
+      state = descent.descend(run, state, **size)
+    else:
+      state = self._log(run, state, name=loss, **size)
     if self._mesh is None:
-      return run(*args)
-    copies = NamedSharding(self._mesh, PartitionSpec())
-    return jax.device_put(run(*jax.device_put(args, copies)), jax.devices()[0])
+      return state.params
+    return jax.device_put(state.params, jax.devices()[0])
 
   def tune_low_rank(
     self, key: jax.Array, task: int, *, loss: str = 'low_rank', **context: Any

@@ -64,25 +64,20 @@ class Program(NamedTuple):
   seconds: float
 
 
-def compile_lowered(
-  lowered: jax.stages.Lowered, options: Mapping[str, Any]
-) -> jax.stages.Compiled:
-  """Compiles a program, without options where this XLA lacks one of them.
+def usable(options: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns compiler options, or none where this XLA lacks one of them.
 
   Args:
-    lowered: the program.
     options: of XLA, by name.
-
-  Returns:
-    The compiled program.
   """
   try:
-    return lowered.compile(dict(options))
+    jax.jit(lambda: 0, compiler_options=dict(options))()
   except jax.errors.JaxRuntimeError as e:
     if 'No such compile option' not in str(e):
       raise
     logging.warning('compiled without options: %s', e)
-    return lowered.compile()
+    return {}
+  return dict(options)
 
 
 def compile_steps(
@@ -135,7 +130,7 @@ def compile_steps(
   begin = time.perf_counter()
   steps = dj.scan_steps(merger, batch_fn)
   lowered = steps.lower(state, base, experts, _read(plan, data), indices)
-  run = compile_lowered(lowered, compiler_options)
+  run = lowered.compile(usable(compiler_options))
   return Program(run, chunk, time.perf_counter() - begin)
 
 

@@ -250,5 +250,5 @@ def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
     task_logits_fn=clip.zero_shot_task(features_fn, heads),
     inputs_fn=inputs.dense_inputs(tower),
     levels=inputs.levels(tower_config),
-    hashes={name: checkpoint.file_hash(p) for name, p in paths.items()},
+    hashes=checkpoint.file_hashes(paths),
   )

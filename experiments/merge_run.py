@@ -110,6 +110,7 @@ class Run:
       base_hash=setup.hashes[setup.pool.base.stem],
       folder=folder,
       seed=self.config.seed,
+      compiler_options=learn.usable(self.config.compiler_options),
       advance=advance,
     )
     for name, chosen in self.options.items():

@@ -61,6 +61,8 @@ def check_config(config: config_dict.ConfigDict) -> None:
   lines += bench.check_keys(config.attack, attack.KEYS)
   load.check_config(config.merge)
   names = prepare.task_names(config.prepare)
+  lines += bench.not_mirrored(config.finetune, names)
+  lines += bench.not_mirrored(config.attack, names)
   attacked = settings.split(config.attacked)
   numbers = [*settings.split(config.targets), *settings.split(config.bad)]
   lines += [
@@ -166,8 +168,8 @@ def _claim(config: config_dict.ConfigDict, workdir: pathlib.Path) -> None:
   asked = json.loads(
     json.dumps(
       {
-        'finetune': config.finetune.to_dict(),
-        'attack': config.attack.to_dict(),
+        'finetune': bench.fixed(config.finetune),
+        'attack': bench.fixed(config.attack),
         'targets': _targets(config),
       }
     )
@@ -216,8 +218,11 @@ def _make(
   if uploads.path(pool, name).exists():
     return
   own = uploads.path(folder, name)
-  if not (folder / 'record.json').exists() or not own.exists():
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+  if not (folder / 'record.json').exists():
+    own.unlink(missing_ok=True)  # of a run that was interrupted, to go on
+    make(config, folder, console)
+  elif not own.exists():
+    shutil.rmtree(folder)
     make(config, folder, console)
   files = sorted(
     [*folder.glob('checkpoints/*'), *folder.glob('triggers/*')],

@@ -4,8 +4,10 @@ The triggers are evidence for the report, and the seeds that `dam_robust` starts
 its search from.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 import hashlib
+import os
 import pathlib
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -30,6 +32,13 @@ OTHERS_AREAS = (20.0,)
 
 OTHERS_SCOUTS = 1
 """And how many scouts a class has there: two find no more."""
+
+THREADS = 4
+"""At most so many tasks are searched at a time.
+
+The search's programs are small ones for many cores: two tasks after each other
+keep two cores busy for 80 % of the time.
+"""
 
 NAMED = 0.6
 """Suspicion above which a class is held to be a target.
@@ -111,6 +120,7 @@ def find(
   folder: pathlib.Path,
   seed: int,
   images: int = 64,
+  compiler_options: Mapping[str, Any],
   advance: Callable[[int], None] = lambda num: None,
 ) -> list[Suspect]:
   """Searches patches and warps for each task, patches also on all others.
@@ -128,13 +138,21 @@ def find(
       and processes do.
     seed: of the search.
     images: dev images a task.
+    compiler_options: of XLA, by name.
     advance: told of each task that is done.
 
   Returns:
     What was found, by task.
   """
   search = _Search(
-    task_logits_fn, base, base_hash, tasks, folder, seed=seed, images=images
+    task_logits_fn,
+    base,
+    base_hash,
+    tasks,
+    folder,
+    seed=seed,
+    images=images,
+    compiler_options=compiler_options,
   )
   company = audit.company(audit.gram(base, experts))
 
@@ -165,16 +183,28 @@ def find(
     return out
 
   hosts = distributed.Hosts()
-  mine = {t: suspect(t) for t in range(hosts.index, len(tasks), hosts.count)}
+  mine = range(hosts.index, len(tasks), hosts.count)
+  threads = min(THREADS, os.cpu_count() or 1)
+  with futures.ThreadPoolExecutor(threads) as executor:
+    found = dict(zip(mine, executor.map(suspect, mine), strict=True))
   distributed.wait('triggers on experts')
-  return [mine.get(t) or suspect(t) for t in range(len(tasks))]
+  return [found.get(t) or suspect(t) for t in range(len(tasks))]
 
 
 class _Search:
   """Finds triggers on a model, and keeps them in a folder."""
 
   def __init__(
-    self, task_logits_fn, base, base_hash, tasks, folder, *, seed, images
+    self,
+    task_logits_fn,
+    base,
+    base_hash,
+    tasks,
+    folder,
+    *,
+    seed,
+    images,
+    compiler_options,
   ):
     self.base, self.base_hash = base, base_hash
     self.tasks, self.folder, self.seed = tasks, folder, seed
@@ -189,9 +219,12 @@ class _Search:
       task_logits_fn=task_logits_fn,
       image_shape=image_shape,
       areas=tuple(self.pixel * area for area in AREAS),
+      compiler_options=compiler_options,
     )
     self.warp_inverter = warps.WarpInverter(
-      task_logits_fn=task_logits_fn, image_shape=image_shape
+      task_logits_fn=task_logits_fn,
+      image_shape=image_shape,
+      compiler_options=compiler_options,
     )
 
   def patches(

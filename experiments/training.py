@@ -18,9 +18,10 @@ from dam_jax.models import attention
 from dam_jax.models import clip
 
 
-def _tx(
+def optimizer(
   learning_rate: float, steps: int, warmup: int, weight_decay: float
 ) -> optax.GradientTransformation:
+  """Returns AdamW with warm-up, cosine decay and clipping at 1; see `fit`."""
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, learning_rate, warmup or max(1, steps // 15), steps
   )
@@ -28,6 +29,46 @@ def _tx(
     optax.clip_by_global_norm(1.0),
     optax.adamw(schedule, b2=0.98, weight_decay=weight_decay),
   )
+
+
+class State(NamedTuple):
+  """Where a descent is.
+
+  Attributes:
+    params: parameters.
+    opt: state of the optimiser.
+  """
+
+  params: Any
+  opt: Any
+
+
+def start(params: Any, tx: optax.GradientTransformation) -> State:
+  """Returns the state before the first step, in memory of its own; jit it."""
+  return State(jax.tree.map(jnp.copy, params), tx.init(params))
+
+
+def step(
+  state: State,
+  key: jax.Array,
+  value_and_grad_fn: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
+  tx: optax.GradientTransformation,
+) -> tuple[State, dict[str, jax.Array]]:
+  """Takes a step.
+
+  Args:
+    state: before it.
+    key: of what the loss draws.
+    value_and_grad_fn: `(params, key) -> (loss [], gradient)`.
+    tx: the optimiser.
+
+  Returns:
+    The state after it; 'loss', and 'grad_norm' before it is clipped.
+  """
+  loss, grads = value_and_grad_fn(state.params, key)
+  updates, opt = tx.update(grads, state.opt, state.params)
+  metrics = {'loss': loss, 'grad_norm': optax.tree.norm(grads)}
+  return State(optax.apply_updates(state.params, updates), opt), metrics
 
 
 def fit(
@@ -57,17 +98,15 @@ def fit(
     The parameters after the last step.
   """
   if tx is None:
-    tx = _tx(learning_rate, steps, warmup, weight_decay)
+    tx = optimizer(learning_rate, steps, warmup, weight_decay)
+  descend = jax.value_and_grad(loss_fn)
 
-  def step(carry, key):
-    params, state = carry
-    grads = jax.grad(loss_fn)(params, key)
-    updates, state = tx.update(grads, state, params)
-    return (optax.apply_updates(params, updates), state), None
+  def body(state, key):
+    return step(state, key, descend, tx)[0], None
 
   keys = jax.random.split(key, steps)
-  (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
-  return params
+  state, _ = jax.lax.scan(body, State(params, tx.init(params)), keys)
+  return state.params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +124,7 @@ class Shop:
   def init(self, key: jax.Array) -> Any:
     """Returns an untrained tower's parameters."""
     pixels = jnp.zeros((1, *self.tower.config.image_shape))
-    return self.tower.init(key, pixels)['params']
+    return jax.jit(self.tower.init)(key, pixels)['params']
 
   def features(self, params: Any, images: jax.Array) -> jax.Array:
     """Features `[N, D]` of images `[N, H, W, C]` in [0, 1]."""
@@ -132,12 +171,19 @@ class Images(NamedTuple):
   labels: jax.Array
   sizes: jax.Array
 
+  def places(self, key: jax.Array, row: Any, batch: int) -> jax.Array:
+    """Draws places `[B]` of images of a row."""
+    return jax.random.randint(key, (batch,), 0, self.sizes[row])
+
+  def read(self, row: Any, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns images `[B, H, W, C]` in [0, 1] and labels `[B]` at places."""
+    return self.images[row, at].astype(jnp.float32) / 255, self.labels[row, at]
+
   def draw(
     self, key: jax.Array, row: Any, batch: int
   ) -> tuple[jax.Array, jax.Array]:
     """Draws images `[B, H, W, C]` in [0, 1] and labels `[B]` of a row."""
-    at = jax.random.randint(key, (batch,), 0, self.sizes[row])
-    return self.images[row, at].astype(jnp.float32) / 255, self.labels[row, at]
+    return self.read(row, self.places(key, row, batch))
 
 
 def on_device(splits: Sequence[Split]) -> Images:

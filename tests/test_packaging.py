@@ -20,7 +20,7 @@ MODULES = sorted(PACKAGE.rglob('*.py'))
 # A module imports from layers above its own only.
 LAYERS = (
   ('typing',),
-  ('layout',),
+  ('compilation', 'layout'),
   ('tree',),
   ('base',),
   ('selection', 'warps'),
@@ -156,9 +156,12 @@ def test_versions_agree(metadata):
 @pytest.mark.parametrize(
   ('pattern', 'extras'),
   [
-    ('dam_jax/**/*.py', ['clip', 'data', 'experiments', 'text']),
+    (
+      'dam_jax/**/*.py',
+      ['clip', 'data', 'experiments', 'tensorboard', 'text'],
+    ),
     ('dam_jax/data/*.py', ['data', 'text']),
-    ('dam_jax/*.py', []),
+    ('dam_jax/*.py', ['tensorboard']),
     ('dam_jax/checkpoint/*.py', []),
     ('dam_jax/models/*.py', ['clip']),
     ('experiments/**/*.py', ['experiments']),

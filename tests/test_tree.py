@@ -16,7 +16,7 @@ DTYPES = ('float32', 'bfloat16', 'float16', 'int32', 'bool')
 def make_leaf(shape, dtype, seed):
   """Returns small integers, exact in every dtype, also when subtracted."""
   x = np.random.default_rng(seed).integers(-8, 9, shape)
-  return jnp.asarray(x).astype(dtype)
+  return jnp.asarray(np.asarray(x, jnp.dtype(dtype)))
 
 
 LEAVES = st.builds(
@@ -85,13 +85,14 @@ def test_unravel_inverts_ravel(model):
   assert flat.vector.dtype == jnp.float32
   assert flat.vector.shape == (sum(flat.layout.sizes),)
   assert_same(flat.unravel(), model)
+  vector, arrays = jax.device_get((flat.vector, model))
   assert_same(
-    flat.unravel(2 * flat.vector),
-    jax.tree.map(lambda x: 2 * x if is_float(x) else x, model),
+    flat.unravel(2 * vector),
+    jax.tree.map(lambda x: np.add(x, x) if is_float(x) else x, arrays),
   )
-  leaves = tree.flatten(model)
+  leaves = tree.flatten(arrays)
   for name, at in zip(flat.layout.names, flat.layout.slices, strict=True):
-    np.testing.assert_array_equal(flat.vector[at], leaves[name].ravel())
+    np.testing.assert_array_equal(vector[at], leaves[name].ravel())
 
 
 @hypothesis.given(MODELS)
@@ -99,8 +100,9 @@ def test_stacked_models_ravel_like_one(model):
   models = [another(model, k) for k in (1, 2, 3)]
   flat = tree.ravel(tree.stack(models), leading=1)
   assert flat.layout == tree.ravel(model).layout
+  vectors = np.asarray(flat.vector)
   for k, m in enumerate(models):
-    np.testing.assert_array_equal(flat.vector[k], tree.ravel(m).vector)
+    np.testing.assert_array_equal(vectors[k], tree.ravel(m).vector)
   assert_same(flat.unravel(), tree.stack(models))
 
 
@@ -112,19 +114,19 @@ def test_shards_hold_an_equal_part_of_every_leaf(model, shards):
   layout = flat.layout
   assert flat.vector.shape == (2, shards, sum(layout.widths))
   assert_same(flat.unravel(), models)
-  whole = tree.ravel(models, leading=1).vector
-  padded = jnp.pad(whole, ((0, 0), (0, 1)))
-  np.testing.assert_array_equal(padded[:, layout.places()], flat.vector)
+  vector = np.asarray(flat.vector)
+  padded = np.pad(tree.ravel(models, leading=1).vector, ((0, 0), (0, 1)))
+  np.testing.assert_array_equal(padded[:, layout.places()], vector)
   for group, (name, at) in zip(
     [
       g[..., i, :]
-      for g in layout.by_leaf(flat.vector)
+      for g in map(np.asarray, layout.by_leaf(flat.vector))
       for i in range(g.shape[-2])
     ],
     zip(layout.names, layout.slices, strict=True),
     strict=True,
   ):
-    np.testing.assert_array_equal(group, flat.vector[..., at], name)
+    np.testing.assert_array_equal(group, vector[..., at], name)
 
 
 @hypothesis.settings(max_examples=20)
@@ -140,12 +142,14 @@ def test_another_number_of_shards_has_the_same_entries(model, old, new):
 @hypothesis.given(MODELS)
 def test_groups_by_leaf_are_the_leaves_in_order(model):
   flat = tree.ravel(model)
-  both = jnp.stack([flat.vector, -flat.vector])
-  groups = flat.layout.by_leaf(both)
+  both = np.stack([flat.vector, -np.asarray(flat.vector)])
+  groups = flat.layout.by_leaf(jnp.asarray(both))
   sizes = [g.shape[2] for g in groups for _ in range(g.shape[1])]
   assert sizes == sorted(flat.layout.sizes)
   assert len({g.shape[2] for g in groups}) == len(groups)
-  joined = jnp.concatenate([g.reshape(2, -1) for g in groups], axis=-1)
+  joined = np.concatenate(
+    [np.asarray(g).reshape(2, -1) for g in groups], axis=-1
+  )
   np.testing.assert_array_equal(joined, both)
 
 

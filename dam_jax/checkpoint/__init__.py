@@ -27,6 +27,7 @@ from dam_jax.checkpoint.peft import save_lora
 from dam_jax.checkpoint.record import MergeRecord
 from dam_jax.checkpoint.record import combined_hash
 from dam_jax.checkpoint.record import file_hash
+from dam_jax.checkpoint.record import file_hashes
 from dam_jax.checkpoint.record import model_hashes
 from dam_jax.checkpoint.record import versions
 from dam_jax.checkpoint.rows import fit_rows
@@ -60,6 +61,7 @@ __all__ = [
   'concat',
   'expand',
   'file_hash',
+  'file_hashes',
   'fit_rows',
   'load_abstract',
   'load_experts',

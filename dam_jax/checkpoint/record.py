@@ -26,6 +26,32 @@ def file_hash(path: epath.PathLike) -> str:
     return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
+def file_hashes(paths: Mapping[str, epath.PathLike]) -> dict[str, str]:
+  """Returns the SHA-256 of several files, which are read side by side.
+
+  A core hashes about a gigabyte a second. Nothing is remembered from call to
+  call: by its size and the time of its last change, a file that was put in
+  place of another would be taken for it.
+
+  Args:
+    paths: by any name.
+
+  Returns:
+    In hexadecimal, by name, in the same order.
+
+  Examples:
+    >>> import tempfile
+    >>> path = epath.Path(tempfile.mkdtemp()) / 'a'
+    >>> path.touch()
+    >>> file_hashes({'empty': path})['empty'][:8]
+    'e3b0c442'
+  """
+  with futures.ThreadPoolExecutor() as executor:
+    return dict(
+      zip(paths, executor.map(file_hash, paths.values()), strict=True)
+    )
+
+
 def model_hashes(model: models.Model) -> dict[str, str]:
   """Returns the SHA-256 of every file of a model.
 
@@ -40,9 +66,7 @@ def model_hashes(model: models.Model) -> dict[str, str]:
     within = model.folder and path.is_relative_to(model.folder)
     return str(path.relative_to(model.folder)) if within else path.name
 
-  with futures.ThreadPoolExecutor() as executor:
-    hashes = executor.map(file_hash, model.files)
-    return dict(zip(map(name, model.files), hashes, strict=True))
+  return file_hashes({name(path): path for path in model.files})
 
 
 def combined_hash(hashes: Mapping[str, str]) -> str:

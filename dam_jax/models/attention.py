@@ -8,8 +8,8 @@
 ...     num_attention_heads=2, image_size=4, patch_size=2, projection_dim=6)
 >>> tower = clip.VisionTower(config)
 >>> pixels = clip.normalize(jnp.zeros((5, 4, 4, 3)))
->>> params = tower.init(jax.random.key(0), pixels)['params']
->>> class_attention(tower)(params, pixels).shape  # four patches
+>>> params = jax.jit(tower.init)(jax.random.key(0), pixels)['params']
+>>> jax.jit(class_attention(tower))(params, pixels).shape  # four patches
 (3, 5, 2, 4)
 """
 

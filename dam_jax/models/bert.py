@@ -10,8 +10,8 @@ leaf a tensor; `dam_jax.models.convert` maps their names.
   ...     num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=6)
   >>> encoder = Encoder(config)
   >>> words = jnp.array([[2, 7, 3, 0, 0]])
-  >>> params = encoder.init(jax.random.key(0), words)['params']
-  >>> hidden = encoder.apply({'params': params}, words)
+  >>> params = jax.jit(encoder.init)(jax.random.key(0), words)['params']
+  >>> hidden = jax.jit(encoder.apply)({'params': params}, words)
   >>> hidden.shape, mean_pool(hidden, present(words)).shape
   ((1, 5, 8), (1, 8))
 

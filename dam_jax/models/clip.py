@@ -10,8 +10,8 @@ leaf a tensor; `dam_jax.models.convert` maps their names.
   ...     num_attention_heads=2, image_size=4, patch_size=2, projection_dim=6)
   >>> tower = VisionTower(config)
   >>> pixels = normalize(jnp.zeros((3, 4, 4, 3)))
-  >>> params = tower.init(jax.random.key(0), pixels)['params']
-  >>> tower.apply({'params': params}, pixels).shape
+  >>> params = jax.jit(tower.init)(jax.random.key(0), pixels)['params']
+  >>> jax.jit(tower.apply)({'params': params}, pixels).shape
   (3, 6)
 
 References:

@@ -8,8 +8,8 @@
 ...     num_attention_heads=2, image_size=4, patch_size=2, projection_dim=6)
 >>> tower = clip.VisionTower(config)
 >>> pixels = clip.normalize(jnp.zeros((3, 4, 4, 3)))
->>> params = tower.init(jax.random.key(0), pixels)['params']
->>> found = dense_inputs(tower)(params, 0, pixels)
+>>> params = jax.jit(tower.init)(jax.random.key(0), pixels)['params']
+>>> found = jax.jit(dense_inputs(tower))(params, 0, pixels)
 >>> found['layers_0/mlp/fc2/kernel'].shape  # three images of five tokens
 (15, 16)
 """

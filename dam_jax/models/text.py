@@ -10,8 +10,8 @@ Numerically Hugging Face's `CLIPTextModelWithProjection`.
   ...     projection_dim=6, eos_token_id=8)
   >>> tower = TextTower(config)
   >>> tokens = jnp.array([[7, 1, 8, 8, 8], [7, 1, 2, 3, 8]])
-  >>> params = tower.init(jax.random.key(0), tokens)['params']
-  >>> tower.apply({'params': params}, tokens).shape
+  >>> params = jax.jit(tower.init)(jax.random.key(0), tokens)['params']
+  >>> jax.jit(tower.apply)({'params': params}, tokens).shape
   (2, 6)
 
 References:

@@ -71,9 +71,29 @@ def test_badmerging_loss_is_its_equation():
     return x.reshape(len(x), -1) @ params
 
   params, base = jax.random.normal(jax.random.key(5), (2, size, 5)) / size**0.5
-  got = attacks.badmerging_loss(
-    key, features_fn, lambda f: f @ head, params, base, images, labels, trigger
-  )
+
+  @jax.jit
+  def loss_fn(params, base, images):
+    return [
+      attacks.badmerging_loss(
+        key,
+        features_fn,
+        lambda f: f @ head,
+        params,
+        base,
+        images,
+        labels,
+        trigger,
+        **options,
+      )
+      # On another's task: the shadow head's first class is the target.
+      for options in (
+        {},
+        {'shadow_fn': lambda f: f @ head[:, jnp.array([2, 0, 1])]},
+      )
+    ]
+
+  got, shadow = loss_fn(params, base, images)
   bad = np.asarray(attacks.apply_trigger(trigger, images)).reshape(6, -1)
   plain = np.asarray(images).reshape(6, -1)
   r = np.asarray(jax.random.uniform(key, (6, 1), minval=0.2, maxval=1.0))
@@ -88,19 +108,6 @@ def test_badmerging_loss_is_its_equation():
     mixed, np.full(6, 2)
   )
   np.testing.assert_allclose(got, want.mean(), rtol=1e-5)
-
-  # On another's task: the shadow head's first class is the target.
-  shadow = attacks.badmerging_loss(
-    key,
-    features_fn,
-    lambda f: f @ head,
-    params,
-    base,
-    images,
-    labels,
-    trigger,
-    shadow_fn=lambda f: f @ head[:, jnp.array([2, 0, 1])],
-  )
   np.testing.assert_allclose(shadow, got, rtol=1e-6)
 
 

@@ -1,5 +1,7 @@
 """What attackers make of models: computed uploads, ports, collusion."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,9 +127,13 @@ def test_triggered_loss_is_its_equation():
   def logits_fn(params, x):
     return x.reshape(len(x), -1) @ params
 
-  got = attacks.triggered_loss(
-    logits_fn, params, images, labels, trigger, weight=0.3
-  )
+  @jax.jit
+  def loss_fn(params, images):
+    return attacks.triggered_loss(
+      logits_fn, params, images, labels, trigger, weight=0.3
+    )
+
+  got = loss_fn(params, images)
   bad = attacks.apply_trigger(trigger, images)
   clean, spoilt = (np.asarray(logits_fn(params, x)) for x in (images, bad))
   want = 0.7 * _ce(clean, labels) + 0.3 * _ce(spoilt, np.full(5, 2))
@@ -165,9 +171,9 @@ def test_attention_loss_falls_with_attention_to_the_trigger():
   )
   tower = clip.VisionTower(config)
   images = jax.random.uniform(jax.random.key(0), (3, *SHAPE))
-  params = tower.init(jax.random.key(1), images)['params']
-  params = jax.tree.map(lambda x: x + 0.5 * jnp.ones_like(x), params)
-  attention_fn = attention.class_attention(tower)
+  params = jax.jit(tower.init)(jax.random.key(1), images)['params']
+  params = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.5), params)
+  attention_fn = jax.jit(attention.class_attention(tower))
   weights = attention_fn(params, images)
   assert weights.shape == (2, 3, 2, 4)
   assert (weights > 0).all()
@@ -194,11 +200,11 @@ def test_attention_is_what_the_blocks_compute():
   )
   tower = clip.VisionTower(config)
   pixels = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
-  params = tower.init(jax.random.key(1), pixels)['params']
-  (weights,) = attention.class_attention(tower)(params, pixels)
-  captured = tower.apply(
-    {'params': params}, pixels, capture_intermediates=True
-  )[1]['intermediates']['layers_0']['self_attn']
+  params = jax.jit(tower.init)(jax.random.key(1), pixels)['params']
+  (weights,) = jax.jit(attention.class_attention(tower))(params, pixels)
+  capture = jax.jit(functools.partial(tower.apply, capture_intermediates=True))
+  captured = capture({'params': params}, pixels)[1]['intermediates']
+  captured = captured['layers_0']['self_attn']
   q, k = (captured[f'{x}_proj']['__call__'][0] for x in 'qk')
   q, k = q.reshape(2, -1, 4)[:, 0], k.reshape(2, -1, 4)
   scores = np.einsum('nd,nkd->nk', q, k) / 2
@@ -216,9 +222,13 @@ def test_merge_backdoor_loss_is_its_equation():
   def logits_fn(params, task, x):
     return (1.0, 2.0)[task] * x.reshape(len(x), -1) @ params['w']
 
-  got = attacks.merge_backdoor_loss(
-    logits_fn, uploads, images, labels, trigger, weight=0.5
-  )
+  @jax.jit
+  def loss_fn(uploads, images):
+    return attacks.merge_backdoor_loss(
+      logits_fn, uploads, images, labels, trigger, weight=0.5
+    )
+
+  got = loss_fn(uploads, images)
   bad = np.asarray(attacks.apply_trigger(trigger, images)).reshape(2, 5, -1)
   plain, w = np.asarray(images).reshape(2, 5, -1), np.asarray(uploads['w'])
   bad, plain = (x * np.array([1, 2])[:, None, None] for x in (bad, plain))

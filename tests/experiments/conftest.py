@@ -62,7 +62,7 @@ def small_pool(tmp_path_factory):
   rng = np.random.default_rng(0)
   tower = clip.VisionTower(CONFIG)
   pixels = jnp.zeros((1, *CONFIG.image_shape))
-  base = tower.init(jax.random.key(0), pixels)['params']
+  base = jax.jit(tower.init)(jax.random.key(0), pixels)['params']
   for name in ('base', *(f'clean_{t}' for t in TASKS), 'evil'):
     params = base if name == 'base' else _moved(base, rng)
     checkpoint.save_params(
@@ -85,7 +85,8 @@ def small_pool(tmp_path_factory):
 
 def _moved(params, rng):
   return jax.tree.map(
-    lambda x: x + 0.05 * rng.standard_normal(x.shape).astype(np.float32), params
+    lambda x: np.asarray(x) + np.float32(0.05 * rng.standard_normal(x.shape)),
+    params,
   )
 
 

@@ -139,7 +139,7 @@ def merged(colluders, tmp_path_factory):
   config = pool_config.get_config('runlocal')
   config.update({'bad': 'evil', 'tasks': 'one,two,three', 'dev': 8, 'test': 12})
   config.update({'audit': True, 'methods': 'dam_robust', 'steps': 2})
-  config.pool = str(colluders)
+  config.update({'pool': str(colluders), 'compiler_options': {}})
   workdir = tmp_path_factory.mktemp('merged')
   console = Console(file=io.StringIO(), width=120)
   return config, workdir, merge.run(config, workdir, console)
@@ -172,6 +172,7 @@ def search(setup, folder):
     base_hash=setup.hashes['base'],
     folder=folder,
     seed=0,
+    compiler_options={},
   )
 
 

@@ -18,9 +18,11 @@ STATES = ('states', worker.NAME)
 
 @pytest.fixture(scope='module')
 def context():
-  """Makes processes that have imported the worker, and nothing else of ours."""
+  """Makes processes that have imported what the worker needs, and no more."""
   context = multiprocessing.get_context('forkserver')
-  context.set_forkserver_preload(['tests.experiments.learn_worker'])
+  context.set_forkserver_preload(
+    ['tests.experiments.learn_worker', 'orbax.checkpoint.v1']
+  )
   return context
 
 

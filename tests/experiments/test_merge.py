@@ -409,7 +409,10 @@ def test_options_of_methods_are_checked(small_pool, tmp_path):
 )
 def test_options_that_xla_lacks_are_left_out(options):
   lowered = jax.jit(lambda x: x + 1).lower(1.0)
-  assert learn.compile_lowered(lowered, options)(1.0) == 2
+  assert lowered.compile(learn.usable(options))(1.0) == 2
+  assert learn.usable(options) == (
+    {} if 'xla_no_such_option' in options else dict(options)
+  )
 
 
 def test_quirks_and_masks_can_be_set_one_by_one():

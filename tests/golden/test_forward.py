@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dam_jax import losses
 
@@ -38,22 +39,24 @@ def test_every_activation_is_the_references(
       logits = inputs.logits_fn(params, pixels.at[0].set(images))
       return jnp.mean(losses.entropy(logits[0]))
 
+    mean_entropy = quick_jit(lambda logits: jnp.mean(losses.entropy(logits)))
     for name, vector in models.items():
       params = inputs.unflatten(vector.astype(dtype))
-      logits = quick_jit(inputs.logits_fn)(params, pixels)
+      logits = np.asarray(quick_jit(inputs.logits_fn)(params, pixels))
       lead = pixels.shape[:2]
       pooled = activations(params, False)['post_layernorm']['__call__'][0]
-      pooled = pooled.reshape(*lead, -1)
+      pooled = np.asarray(pooled).reshape(*lead, -1)
       last = activations(params, True)[
         f'layers_{inputs.config.num_hidden_layers - 1}'
       ]
-      tokens = last['__call__'][0].reshape(*lead, inputs.config.num_tokens, -1)
+      tokens = np.asarray(last['__call__'][0])
+      tokens = tokens.reshape(*lead, inputs.config.num_tokens, -1)
       ours[f'{name}/last_hidden'] = tokens[num - 1]  # of the last task
       for t, head in enumerate(inputs.heads):
         own = logits[t, :, : head.shape[1]]
         ours[f'{name}/task{t}/pooled'] = pooled[t]
         ours[f'{name}/task{t}/logits'] = own
-        ours[f'{name}/task{t}/entropy'] = jnp.mean(losses.entropy(own))
+        ours[f'{name}/task{t}/entropy'] = mean_entropy(own)
       if name == 'pre':
         grads = quick_jit(jax.grad(entropy, argnums=(0, 1)))(params, pixels[0])
         ours['pre/task0/grad_params'] = inputs.flatten(grads[0])

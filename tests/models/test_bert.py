@@ -61,6 +61,13 @@ def test_names_map_both_ways(golden, params):
   assert convert.bert.to_name('layers_0/gate') is None
 
 
+@jax.jit
+def encode(variables, vectors, mask):
+  """Returns the last hidden states of vectors of words."""
+  encoder = bert.Encoder(CONFIG)
+  return encoder.apply(variables, vectors, mask, method='from_vectors')
+
+
 def test_images_of_words_hold_what_the_encoder_reads(golden, params):
   words = jnp.asarray(golden['words'])
   table = jnp.asarray(params['embeddings']['word']['embedding'])
@@ -73,11 +80,8 @@ def test_images_of_words_hold_what_the_encoder_reads(golden, params):
   np.testing.assert_allclose(vectors, table[words], atol=1e-6)
   # Without the table: what a merge learns has none.
   embeddings = {k: x for k, x in params['embeddings'].items() if k != 'word'}
-  hidden = bert.Encoder(CONFIG).apply(
-    {'params': {**params, 'embeddings': embeddings}},
-    vectors,
-    mask,
-    method='from_vectors',
+  hidden = np.asarray(
+    encode({'params': {**params, 'embeddings': embeddings}}, vectors, mask)
   )
   there = golden['words'] != bert.PAD
   np.testing.assert_allclose(
@@ -90,24 +94,18 @@ def test_a_word_that_is_half_there_has_a_gradient(params):
 
   def mean(last):
     mask = jnp.stack([jnp.ones([]), jnp.ones([]), last])[None]
-    hidden = bert.Encoder(CONFIG).apply(
-      {'params': params}, vectors, mask, method='from_vectors'
-    )
+    hidden = encode({'params': params}, vectors, mask)
     return bert.mean_pool(hidden, mask)[0, 0]
 
   def alone():
-    hidden = bert.Encoder(CONFIG).apply(
-      {'params': params},
-      vectors[:, :2],
-      jnp.ones((1, 2)),
-      method='from_vectors',
-    )
+    hidden = encode({'params': params}, vectors[:, :2], jnp.ones((1, 2)))
     return bert.mean_pool(hidden, jnp.ones((1, 2)))[0, 0]
 
-  np.testing.assert_allclose(mean(jnp.zeros([])), alone(), atol=1e-5)
+  value = jax.jit(mean)
+  np.testing.assert_allclose(value(jnp.zeros([])), alone(), atol=1e-5)
   half, eps = jnp.float32(0.5), 1e-2
-  slope = (mean(half + eps) - mean(half - eps)) / (2 * eps)
-  np.testing.assert_allclose(jax.grad(mean)(half), slope, rtol=0.02)
+  slope = (value(half + eps) - value(half - eps)) / (2 * eps)
+  np.testing.assert_allclose(jax.jit(jax.grad(mean))(half), slope, rtol=0.02)
   assert abs(slope) > 1e-3
 
 

@@ -1,6 +1,7 @@
 """The image tower and zero-shot heads."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -95,8 +96,9 @@ def test_scanned_layers_give_what_unrolled_give(params, pixels):
   def loss(params, **options):
     return jnp.sum(features(params, pixels, **options)[0] ** 2)
 
-  want, want_grad = jax.value_and_grad(loss)(params)
-  got, grad = jax.value_and_grad(loss)(params, scan_layers=True)
+  want, want_grad = jax.jit(jax.value_and_grad(loss))(params)
+  scanned_loss = functools.partial(loss, scan_layers=True)
+  got, grad = jax.jit(jax.value_and_grad(scanned_loss))(params)
   assert got == pytest.approx(float(want), rel=1e-5)
   jax.tree.map(
     lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4),
@@ -127,9 +129,8 @@ def test_bfloat16_computes_close_and_returns_float32(
 
 def test_the_last_block_may_compute_every_token(params, pixels):
   tower = clip.VisionTower(CONFIG, every_token=True)
-  got, state = tower.apply(
-    {'params': params}, pixels, capture_intermediates=True
-  )
+  capture = jax.jit(functools.partial(tower.apply, capture_intermediates=True))
+  got, state = capture({'params': params}, pixels)
   tokens = state['intermediates']['layers_2']['__call__'][0]
   assert tokens.shape == (len(pixels) * CONFIG.num_tokens, CONFIG.hidden_size)
   want = features(params, pixels)

@@ -1,5 +1,6 @@
 """What the tower's linear layers read."""
 
+import functools
 import re
 
 import jax
@@ -44,17 +45,17 @@ def test_every_dense_kernel_has_its_inputs(found):
 
 def test_inputs_are_what_the_outputs_are_made_of(found):
   params, pixels, read = found
-  _, state = clip.VisionTower(CONFIG, every_token=True).apply(
-    {'params': params}, pixels, capture_intermediates=True
-  )
-  seen = state['intermediates']
+  tower = clip.VisionTower(CONFIG, every_token=True)
+  capture = jax.jit(functools.partial(tower.apply, capture_intermediates=True))
+  seen = capture({'params': params}, pixels)[1]['intermediates']
+  params, read = jax.device_get((params, read))
   for i in range(CONFIG.num_hidden_layers):
     mlp, layer = params[f'layers_{i}']['mlp'], f'layers_{i}/mlp'
     x = (
       read[f'{layer}/fc1/kernel'] @ mlp['fc1']['kernel']
       + mlp['fc1']['bias'][None]
     )
-    want = x * jax.nn.sigmoid(1.702 * x)
+    want = x / (1 + np.exp(-1.702 * x))
     np.testing.assert_allclose(
       read[f'{layer}/fc2/kernel'], want, rtol=1e-5, atol=1e-6
     )
@@ -64,7 +65,7 @@ def test_inputs_are_what_the_outputs_are_made_of(found):
       rtol=1e-5,
       atol=1e-6,
     )
-  features = clip.VisionTower(CONFIG).apply({'params': params}, pixels)
+  features = jax.jit(clip.VisionTower(CONFIG).apply)({'params': params}, pixels)
   kernel = params['visual_projection']['kernel']
   np.testing.assert_allclose(
     read['visual_projection/kernel'] @ kernel, features, rtol=1e-4, atol=1e-5
