@@ -9,10 +9,12 @@ as the papers have it, whichever axis of `shape` is that of the inputs.
 """
 
 from collections.abc import Callable, Hashable
+import functools
 import math
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
@@ -136,7 +138,14 @@ def svd(
   That is what is not above `floor`, `[..., 1]`; where None, what LAPACK leaves
   of a zero, three times over. Its singular vectors are any the machine likes.
   """
-  u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+  one = functools.partial(jnp.linalg.svd, full_matrices=False)
+  if x.ndim == 3 and jax.sharding.get_abstract_mesh().manual_axes:
+    # XLA shares a batch out to the CPU's threads, and does not come back where
+    # more devices than there are threads wait for each other in them.
+    in_turn = functools.partial(lax.map, one)
+    u, s, vt = lax.platform_dependent(x, cpu=in_turn, default=one)
+  else:
+    u, s, vt = one(x)
   if floor is None:
     floor = jnp.finfo(s.dtype).eps * math.sqrt(sum(x.shape[-2:])) * s[..., :1]
   kept = ~(s <= floor)  # NaN is kept.
