@@ -253,9 +253,6 @@ def measure_disk(bench: _Bench) -> Iterator[dict[str, Any]]:
     if chosen and case['method'] not in chosen:
       continue
     said = functools.partial(bench.row, 'disk', case, num, '')
-    if not case['by_leaf']:
-      yield said(missing={'ours': 'cannot be merged leaf by leaf'})
-      continue
     argv = merge_runs.ours_argv(
       sys.executable, folder, num, case['method'], case['options'], ours_out
     )

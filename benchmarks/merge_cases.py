@@ -156,10 +156,7 @@ def options(ours: functools.partial) -> dict[str, Any] | None:
 def forms(variant: Variant) -> list[str]:
   """Returns how a merge can run in memory, see `benchmarks.merges_ours`."""
   found = ['stacked', 'donated']
-  # A part that needs the whole model at once has no passes over leaves.
-  if catalogue.DATA_FREE[variant.method].passes != '-' and isinstance(
-    variant.make(), optax.GradientTransformation
-  ):
+  if isinstance(variant.make(), optax.GradientTransformation):
     found += ['leaves', 'leaves_donated']
   return found
 
@@ -182,7 +179,6 @@ def _describe(variant: Variant) -> dict[str, Any]:
     'variant': variant.name,
     'says': parity_runs.describe(variant.ours),
     'forms': forms(variant),
-    'by_leaf': catalogue.DATA_FREE[variant.method].passes != '-',
     'peers': peers,
     'random': variant.random,
     'exact': settled is not None and not variant.random,

@@ -279,4 +279,4 @@ def keep_base() -> optax.GradientTransformation:
     del params
     return jax.tree.map(lambda x: jnp.zeros_like(x[0]), updates)
 
-  return optax.stateless(zero_fn)
+  return entrywise(optax.stateless(zero_fn))

@@ -16,7 +16,7 @@ Level 2 works over data. A `Merger` is three pure functions and a plan of what
 its steps read; a transformation becomes one by `from_transform`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +31,17 @@ def is_concrete(x: Any) -> bool:
   return not isinstance(x, jax.core.Tracer)
 
 
-class Entrywise(optax.GradientTransformationExtraArgs):
+class Leafwise(optax.GradientTransformationExtraArgs):
+  """A transformation that wants a leaf whole, and of the others totals alone.
+
+  It takes a bare leaf `[K, *shape]`, with the `salt` of its path, and what it
+  needs to know of other leaves it asks for by `sum_parts`. Its state does not
+  depend on parameters. So a merge may take one leaf after the other, each on
+  another device.
+  """
+
+
+class Entrywise(Leafwise):
   """A transformation that does to every entry what it does to any other.
 
   It takes a bare array `[K, n]` of any entries of a model, in any order, and
@@ -43,6 +53,30 @@ class Entrywise(optax.GradientTransformationExtraArgs):
 def entrywise(tx: optax.GradientTransformation) -> Entrywise:
   """Says of a transformation that it is `Entrywise`."""
   return Entrywise(*optax.with_extra_args_support(tx))
+
+
+def leafwise(tx: optax.GradientTransformation) -> Leafwise:
+  """Says of a transformation that it is `Leafwise`."""
+  return Leafwise(*optax.with_extra_args_support(tx))
+
+
+def made_of(
+  tx: optax.GradientTransformationExtraArgs,
+  parts: Sequence[optax.GradientTransformation],
+) -> optax.GradientTransformationExtraArgs:
+  """Says of a transformation what holds for all that it is made of.
+
+  Args:
+    tx: the transformation.
+    parts: which it applies, each to all or some of the leaves.
+
+  Returns:
+    It, `Entrywise` or `Leafwise` where all parts are.
+  """
+  for kind in (Entrywise, Leafwise):
+    if all(isinstance(part, kind) for part in parts):
+      return kind(*tx)
+  return tx
 
 
 class MergeResult(NamedTuple):
@@ -66,12 +100,15 @@ class Plan(NamedTuple):
     references: whether it reads `Batch.references`.
     entrywise: whether it merges `Entrywise`: finalize then merges any part of
       the models, and takes the `sum_parts` that tells of the others.
+    leafwise: whether it merges `Leafwise`: finalize then merges bare leaves,
+      and takes that and the `salt` of a leaf's path.
   """
 
   steps: int = 0
   phases: int = 0
   references: bool = False
   entrywise: bool = False
+  leafwise: bool = False
 
 
 class Merger(NamedTuple):
@@ -143,7 +180,7 @@ def chain(
     *transforms: the last one reduces the task axis, those before it keep it.
 
   Returns:
-    One transformation; `Entrywise` where all links are.
+    One transformation; `Entrywise` or `Leafwise` where all links are.
 
   Raises:
     ValueError: at update, where a link before the last drops the task axis.
@@ -178,8 +215,7 @@ def chain(
     return tx.update(updates, state, params, **extra_args)
 
   one = optax.GradientTransformationExtraArgs(tx.init, update_fn)
-  by_entry = all(isinstance(link, Entrywise) for link in transforms)
-  return entrywise(one) if by_entry else one
+  return made_of(one, transforms)
 
 
 def from_transform(tx: optax.GradientTransformation) -> Merger:
@@ -209,7 +245,9 @@ def from_transform(tx: optax.GradientTransformation) -> Merger:
   def finalize_fn(state, base, experts, **extra_args):
     return merge(tx, base, experts, state=state, **extra_args).params
 
-  plan = Plan(entrywise=isinstance(tx, Entrywise))
+  plan = Plan(
+    entrywise=isinstance(tx, Entrywise), leafwise=isinstance(tx, Leafwise)
+  )
   return Merger(init_fn, step_fn, finalize_fn, plan)
 
 

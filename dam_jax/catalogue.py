@@ -94,7 +94,7 @@ DATA_FREE: dict[str, Entry] = {
   'breadcrumbs': Entry(factory=recipes.breadcrumbs, tested=_MK),
   'magmax': Entry(factory=recipes.magmax, tested=_FB),
   'sce': Entry(factory=recipes.sce, tested=_MK),
-  'pcb': Entry(factory=recipes.pcb, passes='-', memory='3K + 2 models'),
+  'pcb': Entry(factory=recipes.pcb, passes='5', memory='4K + 3 leaves'),
   'consensus': Entry(factory=recipes.consensus, tested=_FB),
   'emr': Entry(factory=recipes.emr, passes='2', tested=_FB),
   'tsv_m': Entry(factory=spectral.tsv_m, memory=_SVD, tested=_FB),

@@ -10,6 +10,7 @@
 
 from collections.abc import Sequence
 import functools
+from typing import Any
 
 import jax
 from jax import lax
@@ -146,33 +147,39 @@ def pcb(
   if reading not in READINGS:
     raise ValueError(f'reading must be one of {READINGS}, got {reading!r}')
 
-  @jax.jit  # needs a fraction of the memory
-  def merge(tau):
-    dropped = selection.floor_share(1 - density, tau.shape[-1])
-    rank = jnp.minimum(dropped + 1, tau.shape[-1])
-    if reading == 'code':
-      tau, score = _released_score(tau, rank)
-    else:
-      score = _paper_score(tau, rank)
+  def merge(tau, sum_parts):
+    score_fn = _released_score if reading == 'code' else _paper_score
+    tau, score = score_fn(tau, functools.partial(_rank, density), sum_parts)
     below = sum(score)
     merged = sum(score * tau) / jnp.where(below > 0, below, 1)
     return jnp.asarray(scale, tau.dtype) * merged
+
+  @jax.jit  # needs a fraction of the memory
+  def merge_whole(tau):
+    return merge(tau, selection.whole)
 
   def update_fn(
     updates, state, params=None, *, sum_parts=selection.whole, **extra_args
   ):
     del params, extra_args
-    if sum_parts is not selection.whole:
-      raise ValueError('pcb ranks the whole model: merge it in memory')
     flat = tree.ravel(jax.tree.map(_rounded, updates), leading=1)
     rest = tuple(x[0] for x in flat.rest)
-    merged = tree.Raveled(merge(flat.vector), rest, flat.layout).unravel()
+    if sum_parts is selection.whole:
+      merged = merge_whole(flat.vector)
+    else:
+      merged = merge(flat.vector, sum_parts)
+    merged = tree.Raveled(merged, rest, flat.layout).unravel()
     merged = jax.tree.map(lambda m, x: m.astype(x.dtype), merged, updates)
     return merged, state
 
-  return optax.GradientTransformationExtraArgs(
-    optax.init_empty_state, update_fn
+  return entrywise(
+    optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
   )
+
+
+def _rank(density: ArrayLike, size: ArrayLike) -> ArrayLike:
+  """Returns the rank of the least score that is kept of so many."""
+  return jnp.minimum(selection.floor_share(1 - density, size) + 1, size)
 
 
 def _rounded(x: jax.Array) -> jax.Array:
@@ -188,43 +195,69 @@ def _rounded(x: jax.Array) -> jax.Array:
   return lax.reduce_precision(wide, kind.nexp, kind.nmant)
 
 
-def _norm(x: jax.Array) -> jax.Array:
-  """Maps each vector of `[..., P]` onto [0, 1], a constant one to zeros."""
-  low, high = (f(x, axis=-1, keepdims=True) for f in (jnp.min, jnp.max))
+def _norm(x: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+  """Maps what lies between two numbers onto [0, 1]; zero where they agree."""
   return (x - low) / jnp.where(high > low, high - low, 1)
 
 
-def _softmax(x: jax.Array) -> jax.Array:
-  # P times the softmax: the factor cancels, and numbers stay near one.
-  e = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
-  return e / jnp.mean(e, axis=-1, keepdims=True)
+def _paper_score(
+  tau: jax.Array, rank_fn: selection.RankFn, sum_parts: selection.SumParts
+) -> tuple[jax.Array, jax.Array]:
+  """Returns task vectors and their scores, both `[K, P]`."""
+
+  def terms(tau):
+    return [jnp.square(tau), *(tau * other[None] for other in tau)]
+
+  ends = selection.extremes(terms(tau), sum_parts=sum_parts)
+
+  def exps(tau):
+    # Of the largest 1: P times a softmax once it is divided by its mean. The
+    # factor P cancels, and numbers stay near one.
+    times = [tau.shape[0], *[1] * tau.shape[0]]
+    return [
+      jnp.exp(n * _norm(x, *end) - n * (end[1] > end[0]).astype(x.dtype))
+      for x, n, end in zip(terms(tau), times, ends, strict=True)
+    ]
+
+  sums = [jnp.sum(e, axis=-1, keepdims=True) for e in exps(tau)]
+  size = jnp.asarray(tau.shape[-1], tau.dtype)
+  means = sum_parts((sums, size), _means)
+  # Computed anew: K + 1 times the task vectors would wait for the means.
+  tau, means = lax.optimization_barrier((tau, means))
+  intra, *inter = (
+    e / mean.astype(e.dtype) for e, mean in zip(exps(tau), means, strict=True)
+  )
+  score = intra * sum(inter)
+  top = selection.reaches(score, rank_fn, sum_parts=sum_parts)
+  return tau, jnp.where(top, score, 0)
 
 
-def _paper_score(tau: jax.Array, rank: ArrayLike) -> jax.Array:
-  num = tau.shape[0]
-  intra = _softmax(num * _norm(jnp.square(tau)))
-  inter = sum(_softmax(_norm(tau * other[None])) for other in tau)
-  score = intra * inter
-  return jnp.where(selection.reaches(score, rank), score, 0)
+def _means(total: tuple[list[Any], Any]) -> list[Any]:
+  sums, size = total
+  return [x / size for x in sums]
 
 
 def _released_score(
-  tau: jax.Array, rank: ArrayLike
+  tau: jax.Array, rank_fn: selection.RankFn, sum_parts: selection.SumParts
 ) -> tuple[jax.Array, jax.Array]:
   """Returns clipped task vectors and their scores, both `[K, P]`."""
-  num, size = tau.shape
-  magnitude = jnp.abs(tau)
+  num, magnitude = tau.shape[0], jnp.abs(tau)
   low, high = (
-    selection.ranked(magnitude, 1 + int(index))[:, None]
-    for index in (size * 0.0001, size * (1 - 0.0001) - 1)
+    selection.ranked(magnitude, fn, sum_parts=sum_parts)[:, None]
+    for fn in (
+      lambda size: selection.floor_share(0.0001, size) + 1,
+      lambda size: jnp.maximum(selection.floor_share(1 - 0.0001, size), 1),
+    )
   )
   magnitude = jnp.clip(magnitude, low, high)
   # Less one, which cancels: there may be too many tasks for exp.
-  score = jnp.exp(num * (jnp.square(_norm(magnitude)) - 1))
+  score = jnp.exp(num * (jnp.square(_norm(magnitude, low, high)) - 1))
   score *= jnp.tanh(tau * functools.reduce(jnp.add, tau)[None])
-  score -= jnp.min(score, axis=-1, keepdims=True)
-  least = selection.ranked(score, rank)[:, None]
-  return jnp.sign(tau) * magnitude, _norm(jnp.maximum(score, least))
+  (end,) = selection.extremes([score], sum_parts=sum_parts)
+  score, most = jnp.maximum(score - end[0], 0), end[1] - end[0]
+  least = selection.ranked(score, rank_fn, sum_parts=sum_parts)[:, None]
+  score = _norm(jnp.maximum(score, least), least, most)
+  return jnp.sign(tau) * magnitude, score
 
 
 def consensus(

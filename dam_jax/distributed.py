@@ -6,7 +6,7 @@ host reads, `global_batch` makes one batch of what all have read, and
 `check_agreement` stops a run whose hosts were given different things.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import functools
 import hashlib
@@ -153,8 +153,17 @@ def share(
   return own
 
 
-def sum_over(
-  hosts: Hosts, found: Mapping[str, tuple[Any, Any]], like: Mapping[str, Any]
+def combiner(largest: bool) -> np.ufunc:
+  """Returns what makes one of two parts of a total: their sum, or larger."""
+  return np.maximum if largest else np.add
+
+
+def total_over(
+  hosts: Hosts,
+  found: Mapping[str, tuple[Any, Any]],
+  like: Mapping[str, Any],
+  *,
+  largest: Collection[str] = (),
 ) -> dict[str, tuple[Any, Any]]:
   """Sums arrays over processes.
 
@@ -164,6 +173,7 @@ def sum_over(
       same wherever they are.
     like: pytrees of the same structures for all names, of which a process may
       have found some.
+    largest: names of which the largest is wanted, in place of the sum.
 
   Returns:
     The same for all names.
@@ -180,20 +190,20 @@ def sum_over(
     for each in hosts.exchange(data.getvalue())
   ]
 
-  def total(i, parts, same):
+  def total(i, name, parts, same):
     shapes = jax.tree.leaves((parts, same))
     every = [
       [each[f'{i} {j}'] for j in range(len(shapes))]
       for each in sent
       if f'{i} 0' in each
     ]
-    num = len(jax.tree.leaves(parts))
-    sums = [functools.reduce(np.add, x) for x in zip(*every, strict=True)]
+    num, add = len(jax.tree.leaves(parts)), combiner(name in largest)
+    sums = [functools.reduce(add, x) for x in zip(*every, strict=True)]
     return jax.tree.unflatten(
       jax.tree.structure((parts, same)), [*sums[:num], *every[0][num:]]
     )
 
-  return {name: total(i, *x) for i, (name, x) in enumerate(like.items())}
+  return {name: total(i, name, *x) for i, (name, x) in enumerate(like.items())}
 
 
 def gather(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -9,10 +9,12 @@ as the papers have it, whichever axis of `shape` is that of the inputs.
 """
 
 from collections.abc import Callable, Hashable
+import functools
 import math
 from typing import Any
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
@@ -20,6 +22,10 @@ import optax
 
 from dam_jax import selection
 from dam_jax import tree
+from dam_jax.base import Leafwise
+from dam_jax.base import entrywise
+from dam_jax.base import leafwise
+from dam_jax.base import made_of
 
 
 def is_matrix(x: Any, axes: int) -> bool:
@@ -71,7 +77,10 @@ def split(
     parts = partition(updates, 1)
     return parts.update(updates, state, params, **extra_args)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  both = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  # Which leaves are matrices only whole leaves tell.
+  whole = all(isinstance(part, Leafwise) for part in (tx, others))
+  return leafwise(both) if whole else both
 
 
 def to_matrices(x: jax.Array, input_axis: int) -> jax.Array:
@@ -90,7 +99,7 @@ def from_matrix(y: jax.Array, like: jax.Array, input_axis: int) -> jax.Array:
 
 def each(
   matrix_fn: Callable[[jax.Array], jax.Array], input_axis: int = 0
-) -> optax.GradientTransformation:
+) -> Leafwise:
   """Makes a transformation of a function `[K, out, in] -> [out, in]`."""
 
   def leaf_fn(x):
@@ -98,13 +107,15 @@ def each(
       merged = matrix_fn(to_matrices(x, input_axis))
     return from_matrix(merged, x, input_axis)
 
-  return optax.stateless(
-    lambda updates, params=None: jax.tree.map(leaf_fn, updates)
+  return leafwise(
+    optax.stateless(lambda updates, params=None: jax.tree.map(leaf_fn, updates))
   )
 
 
-def scaled(scale: ArrayLike) -> optax.GradientTransformation:
-  """Multiplies what is floating-point by a number."""
+def scaled(
+  tx: optax.GradientTransformation, scale: ArrayLike
+) -> optax.GradientTransformationExtraArgs:
+  """Multiplies what is floating-point of what a merge gives by a number."""
 
   def leaf_fn(x):
     if not tree.is_float(x):
@@ -112,9 +123,11 @@ def scaled(scale: ArrayLike) -> optax.GradientTransformation:
     wide = np.promote_types(x.dtype, np.float32)
     return (x.astype(wide) * jnp.asarray(scale, wide)).astype(x.dtype)
 
-  return optax.stateless(
-    lambda updates, params=None: jax.tree.map(leaf_fn, updates)
+  times = entrywise(
+    optax.stateless(lambda updates, params=None: jax.tree.map(leaf_fn, updates))
   )
+  both = optax.with_extra_args_support(optax.chain(tx, times))
+  return made_of(both, [tx, times])
 
 
 def svd(
@@ -125,7 +138,14 @@ def svd(
   That is what is not above `floor`, `[..., 1]`; where None, what LAPACK leaves
   of a zero, three times over. Its singular vectors are any the machine likes.
   """
-  u, s, vt = jnp.linalg.svd(x, full_matrices=False)
+  one = functools.partial(jnp.linalg.svd, full_matrices=False)
+  if x.ndim == 3 and jax.sharding.get_abstract_mesh().manual_axes:
+    # XLA shares a batch out to the CPU's threads, and does not come back where
+    # more devices than there are threads wait for each other in them.
+    in_turn = functools.partial(lax.map, one)
+    u, s, vt = lax.platform_dependent(x, cpu=in_turn, default=one)
+  else:
+    u, s, vt = one(x)
   if floor is None:
     floor = jnp.finfo(s.dtype).eps * math.sqrt(sum(x.shape[-2:])) * s[..., :1]
   kept = ~(s <= floor)  # NaN is kept.

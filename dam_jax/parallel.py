@@ -16,6 +16,7 @@ import numpy as np
 
 from dam_jax import sharding
 from dam_jax import tree
+from dam_jax import turns
 from dam_jax.base import Merger
 from dam_jax.layout import Layout
 from dam_jax.sharding import Rules
@@ -135,40 +136,13 @@ def _split_result(merger: Merger, mesh: Mesh, rules: Rules | None):
 
   def finalize_fn(state, base, experts):
     base, experts = tree.unravel(base), tree.unravel(experts)
-    if merger.plan.entrywise:
-      even = sharding.fsdp(base, mesh, least=1)
-      if all(map(any, jax.tree.leaves(even))):
-        params = _merge_parts(merger, mesh, even)(state, base, experts)
-        return _constrain_all(params, mesh, split(params))
-    params = merger.finalize(state, base, experts)
+    finalize = merger.finalize
+    if mesh.size > 1 and merger.plan.leafwise:
+      finalize = turns.finalize(merger, mesh, sharding.fsdp(base, mesh))
+    params = finalize(state, base, experts)
     return _constrain_all(params, mesh, split(params))
 
   return jax.jit(finalize_fn)
-
-
-def _merge_parts(merger: Merger, mesh: Mesh, splits: Any):
-  """Returns `finalize` whose devices each merge their part of every leaf."""
-
-  def sum_parts(part, finish, *args, group=None):
-    del group  # sums of this program cannot be mixed up
-    # Counts of the entries of a large model do not fit 32 bits.
-    with jax.enable_x64(True):
-      wide = jax.tree.map(
-        lambda x: (
-          x.astype(jnp.int64) if jnp.issubdtype(x.dtype, jnp.integer) else x
-        ),
-        part,
-      )
-      return finish(lax.psum(wide, mesh.axis_names), *args)
-
-  finalize: Any = merger.finalize
-  stacked = jax.tree.map(lambda spec: P(None, *spec), splits)
-  return jax.shard_map(
-    functools.partial(finalize, sum_parts=sum_parts),
-    mesh=mesh,
-    in_specs=(P(), splits, stacked),
-    out_specs=splits,
-  )
 
 
 def _constrain_all(params: Any, mesh: Mesh, splits: Any) -> Any:

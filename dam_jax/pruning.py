@@ -24,6 +24,7 @@ import optax
 from dam_jax import selection
 from dam_jax import transforms
 from dam_jax.base import is_concrete
+from dam_jax.base import leafwise
 from dam_jax.transforms import DropState
 
 
@@ -103,7 +104,7 @@ def magprune(
     )
     return pruned, DropState(key)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return leafwise(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def _keep_probability(

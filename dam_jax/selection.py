@@ -13,7 +13,7 @@ stay on the device, and give the same word.
   [2.0]
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import math
 from typing import Any
@@ -27,28 +27,82 @@ import numpy as np
 from dam_jax.base import is_concrete
 
 SumParts = Callable[..., Any]
-"""`(part, finish, *args) -> finish(total, *args)`.
+"""`(part, finish, *args, largest=False) -> finish(total, *args)`.
 
-The total is over all parts of a model. `finish` may be called outside of
-tracing, so what it needs that is traced comes in `args`. Transformations that
-share a model's leaves among them tell their sums apart by `within`.
+The total is over all parts of a model: the sum of what they have, or, where so
+asked, the largest. `finish` may be called outside of tracing, so what it needs
+that is traced comes in `args`. Transformations that share a model's leaves
+among them tell their sums apart by `within`.
 """
 
 _HALF = 16
 
 
-def whole(part: jax.Array, finish: Callable[..., Any], *args: Any) -> Any:
+def whole(
+  part: Any, finish: Callable[..., Any], *args: Any, largest: bool = False
+) -> Any:
   """The `SumParts` of a model that is there in one part.
 
   Args:
     part: what would be summed over parts.
     finish: computes what is needed of the total.
     *args: what else it needs.
+    largest: whether the total is the largest part, not the sum.
 
   Returns:
     `finish(part, *args)`.
   """
+  del largest
   return finish(part, *args)
+
+
+class Asked(Exception):
+  """A transformation asks for a total over the model that is not known yet.
+
+  Attributes:
+    group: of the leaves that it is over, see `within`.
+    part: what this part of the model has.
+    finish: computes the answer of the total.
+    args: what else it needs.
+    largest: whether the total is the largest part, not the sum.
+  """
+
+  def __init__(
+    self,
+    group: str,
+    part: Any,
+    finish: Callable[..., Any],
+    args: tuple[Any, ...],
+    largest: bool,
+  ):
+    super().__init__(group)
+    self.group, self.part, self.finish = group, part, finish
+    self.args, self.largest = args, largest
+
+
+class Answers:
+  """A `SumParts` that knows the answers to each group's first questions."""
+
+  def __init__(self, known: Mapping[str, Sequence[Any]]):
+    """Takes the answers.
+
+    Args:
+      known: by group, in the order of the questions.
+    """
+    self._known = {group: iter(answers) for group, answers in known.items()}
+
+  def __call__(
+    self,
+    part: Any,
+    finish: Callable[..., Any],
+    *args: Any,
+    group: str = '',
+    largest: bool = False,
+  ) -> Any:
+    """Returns the next answer, or raises `Asked` where there is none."""
+    for answer in self._known.get(group, ()):
+      return answer
+    raise Asked(group, part, finish, args, largest)
 
 
 def within(sum_parts: SumParts, group: str) -> SumParts:
@@ -84,12 +138,23 @@ def _settle(
   return jnp.where(below < jnp.asarray(rank, below.dtype), larger, found)
 
 
-def ranked(magnitude: jax.Array, rank: ArrayLike) -> jax.Array:
+RankFn = Callable[[Any], Any]
+"""`size -> rank`, counted from 1 for the smallest."""
+
+
+def ranked(
+  magnitude: jax.Array,
+  rank: ArrayLike | RankFn,
+  *,
+  sum_parts: SumParts = whole,
+) -> jax.Array:
   """Returns what a sort of `[..., P]` would have at a rank, counted from 1.
 
   Args:
     magnitude: `[..., P]`, not negative.
-    rank: from the smallest; may be traced.
+    rank: from the smallest; may be traced. Of parts a function of the number
+      of entries of all of them.
+    sum_parts: sums over the parts of the model of which `magnitude` is one.
 
   Returns:
     `[...]`.
@@ -98,6 +163,11 @@ def ranked(magnitude: jax.Array, rank: ArrayLike) -> jax.Array:
     >>> ranked(jnp.array([3., 1., 2.]), 2)
     Array(2., dtype=float32)
   """
+  if sum_parts is not whole:
+    rank_fn = rank if callable(rank) else lambda size: rank
+    return _by_halves(magnitude, rank_fn=rank_fn, sum_parts=sum_parts)
+  if callable(rank):
+    rank = rank(magnitude.shape[-1])
   words = _words(magnitude)
   found = lax.fori_loop(
     0,
@@ -108,7 +178,12 @@ def ranked(magnitude: jax.Array, rank: ArrayLike) -> jax.Array:
   return lax.bitcast_convert_type(found, magnitude.dtype)
 
 
-def reaches(score: jax.Array, rank: ArrayLike) -> jax.Array:
+def reaches(
+  score: jax.Array,
+  rank: ArrayLike | RankFn,
+  *,
+  sum_parts: SumParts = whole,
+) -> jax.Array:
   """Whether entries of `[..., P]`, not negative, are at least the ranked one.
 
   Unlike a comparison with what `ranked` returns, this holds for scores that are
@@ -116,11 +191,18 @@ def reaches(score: jax.Array, rank: ArrayLike) -> jax.Array:
 
   Args:
     score: `[..., P]`, not negative.
-    rank: from the smallest, counted from 1; may be traced.
+    rank: from the smallest, counted from 1; may be traced. Of parts a function
+      of the number of entries of all of them.
+    sum_parts: sums over the parts of the model of which `score` is one.
 
   Returns:
     `[..., P]`.
   """
+  if sum_parts is not whole:
+    score = lax.optimization_barrier(score)
+    return score >= ranked(score, rank, sum_parts=sum_parts)[..., None]
+  if callable(rank):
+    rank = rank(score.shape[-1])
   words = _words(score)
 
   def settle(i, state):
@@ -129,6 +211,26 @@ def reaches(score: jax.Array, rank: ArrayLike) -> jax.Array:
 
   start = jnp.zeros_like(words[..., 0]), jnp.ones(words.shape, bool)
   return lax.fori_loop(0, 8 * words.dtype.itemsize - 1, settle, start)[1]
+
+
+def extremes(
+  arrays: Sequence[jax.Array], *, sum_parts: SumParts = whole
+) -> list[tuple[jax.Array, jax.Array]]:
+  """Returns the smallest and the largest entry of each row.
+
+  Args:
+    arrays: each `[..., P]`.
+    sum_parts: of the model of which the entries are a part.
+
+  Returns:
+    For each array both, `[..., 1]`.
+  """
+  ends = [
+    (-jnp.min(x, axis=-1, keepdims=True), jnp.max(x, axis=-1, keepdims=True))
+    for x in arrays
+  ]
+  found = sum_parts(ends, lambda total: total, largest=True)
+  return [(-low, high) for low, high in found]
 
 
 def floor_share(share: ArrayLike, size: ArrayLike) -> int | jax.Array:
@@ -189,18 +291,14 @@ def _locate(counts: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_halves(
-  magnitude: jax.Array,
-  *,
-  density: ArrayLike,
-  more: int,
-  sum_parts: SumParts,
+  magnitude: jax.Array, *, rank_fn: RankFn, sum_parts: SumParts
 ) -> jax.Array:
-  """Returns the threshold, found by counting 16 bits at a time."""
+  """Returns what is at a rank, found by counting 16 bits at a time."""
   words = _words(magnitude)
 
   def first(total):
     size = words.shape[-1] if sum_parts is whole else total[0].sum()
-    return locate(total, jnp.asarray(_rank(density, more, size)))
+    return locate(total, jnp.asarray(rank_fn(size)))
 
   def locate(total, rank):
     return _locate(total, rank.astype(total.dtype))
@@ -239,7 +337,9 @@ def threshold(
     `[...]`, one of the entries, bit for bit.
   """
   by_halves = functools.partial(
-    _by_halves, density=density, more=more, sum_parts=sum_parts
+    _by_halves,
+    rank_fn=functools.partial(_rank, density, more),
+    sum_parts=sum_parts,
   )
   if sum_parts is not whole:
     return by_halves(magnitude)

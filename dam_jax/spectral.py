@@ -37,18 +37,17 @@ import numpy as np
 import optax
 
 from dam_jax import aggregators
+from dam_jax import base
 from dam_jax import matrices
 from dam_jax import transforms
 from dam_jax import tree
-from dam_jax.base import chain
-from dam_jax.base import is_concrete
 
 SOLVERS = ('adam', 'exact')  # how `wudi` minimises
 
 
 def _check(name: str, value: Any, holds: Callable[[Any], Any], want: str):
   """Raises unless a value, where it is known, is what is wanted."""
-  if is_concrete(value) and not holds(value):
+  if base.is_concrete(value) and not holds(value):
     raise ValueError(f'{name} must {want}, got {value!r}')
 
 
@@ -58,8 +57,9 @@ def _merge(
   scale: ArrayLike,
 ) -> optax.GradientTransformation:
   """Merges matrices by `tx`, other leaves by `others`, then scales."""
-  tx = matrices.split(tx, others or aggregators.mean())
-  return optax.chain(tx, matrices.scaled(scale))
+  return matrices.scaled(
+    matrices.split(tx, others or aggregators.mean()), scale
+  )
 
 
 def tsv_m(
@@ -333,7 +333,7 @@ def _merging(
   then: optax.GradientTransformation | None,
 ) -> optax.GradientTransformationExtraArgs:
   """Returns what `knots` merges with: TIES by default."""
-  ties = chain(transforms.trim(0.2), aggregators.elect_mean())
+  ties = base.chain(transforms.trim(0.2), aggregators.elect_mean())
   return optax.with_extra_args_support(ties if then is None else then)
 
 
@@ -419,6 +419,7 @@ def knots(
     return treedef.unflatten(merged), state
 
   tx = optax.GradientTransformationExtraArgs(inner.init, update_fn)
+  tx = base.leafwise(tx) if isinstance(inner, base.Leafwise) else tx
   return matrices.split(tx, others or aggregators.mean(), matrices.is_kernel)
 
 

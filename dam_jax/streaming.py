@@ -29,7 +29,7 @@ import concurrent.futures
 import functools
 import json
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 import zlib
 
 import jax
@@ -39,6 +39,7 @@ import optax
 
 from dam_jax import blocks
 from dam_jax import distributed
+from dam_jax import selection
 from dam_jax import tree
 from dam_jax.base import Entrywise
 from dam_jax.typing import Params, Source
@@ -47,25 +48,6 @@ Put = Callable[[str, Any], None]
 """Takes a merged leaf by its path; called from several threads."""
 
 Tx = optax.GradientTransformation
-
-
-class _Asked(Exception):
-  """A transformation asks for a sum over the model that is not known yet."""
-
-  def __init__(self, group, part, finish, args):
-    self.group, self.part, self.finish, self.args = group, part, finish, args
-
-
-class _Answers:
-  """A `SumParts` that knows the answers to each group's first questions."""
-
-  def __init__(self, known):
-    self._known = {group: iter(answers) for group, answers in known.items()}
-
-  def __call__(self, part, finish, *args, group=''):
-    for answer in self._known.get(group, ()):
-      return answer
-    raise _Asked(group, part, finish, args)
 
 
 def differences(base: Source, expert: Source) -> list[str]:
@@ -155,12 +137,16 @@ def _update(tx, answers, salt, base, experts, *, on_question=None):
   deltas = jnp.stack([x.astype(jnp.float32) - wide for x in experts])
   try:
     update, _ = tx.update(
-      deltas, tx.init(wide), wide, sum_parts=_Answers(answers), salt=salt
+      deltas,
+      tx.init(wide),
+      wide,
+      sum_parts=selection.Answers(answers),
+      salt=salt,
     )
-  except _Asked as asked:
+  except selection.Asked as asked:
     if on_question is not None:
       on_question(asked)
-    return {'part': {asked.group: asked.part}, 'args': asked.args}
+    return {'part': asked.part, 'args': asked.args}
   # A sum finds what is not finite many times faster than isfinite().all().
   sums = [jnp.sum(x, dtype=jnp.float32) for x in (base, *experts)]
   return {'merged': wide + update, 'finite': jnp.isfinite(jnp.stack(sums))}
@@ -255,8 +241,18 @@ def merge_leaves(
     raise ValueError('\n  '.join(['weights are not finite:', *sorted(bad)]))
 
 
+class _Question(NamedTuple):
+  """What a transformation asks of all leaves of a group; see `Asked`."""
+
+  group: str
+  finish: Callable[..., Any]
+  largest: bool
+  part: Any
+  args: Any
+
+
 def _question(update, answers, structs):
-  """Returns `(group, finish, what it is asked)` of a leaf's next question."""
+  """Returns the next question of a leaf, its part and args as structs."""
   asked = []
   out = jax.eval_shape(
     functools.partial(update, on_question=asked.append),
@@ -265,7 +261,10 @@ def _question(update, answers, structs):
     structs[0],
     structs[1:],
   )
-  return (asked[0].group, asked[0].finish, out) if asked else None
+  if not asked:
+    return None
+  group, finish, largest = asked[0].group, asked[0].finish, asked[0].largest
+  return _Question(group, finish, largest, out['part'], out['args'])
 
 
 def _with(answers, group, answer):
@@ -289,10 +288,9 @@ def passes(tx: Tx, num: int) -> int:
   update = functools.partial(_update, optax.with_extra_args_support(tx))
   structs = [jax.ShapeDtypeStruct((2, 2), jnp.float32)] * (1 + num)
   count, answers = 1, {}
-  while (question := _question(update, answers, structs)) is not None:
-    group, finish, out = question
-    answer = jax.eval_shape(finish, out['part'][group], *out['args'])
-    count, answers = count + 1, _with(answers, group, answer)
+  while (asked := _question(update, answers, structs)) is not None:
+    answer = jax.eval_shape(asked.finish, asked.part, *asked.args)
+    count, answers = count + 1, _with(answers, asked.group, answer)
   return count
 
 
@@ -360,24 +358,27 @@ class _Sweep:
     """
     answers = {}
     while asking := self._asking(answers, paths):
-      found = self._sum(answers, [p for p in paths if p in asking and p in own])
-      groups = {group: (finish, out) for group, finish, out in asking.values()}
+      questions = {asked.group: asked for asked in asking.values()}
+      found = self._total(
+        answers, {p: q for p, q in asking.items() if p in own}
+      )
       if self._hosts is not None:
-        outs = {
-          group: (out['part'][group], out['args'])
-          for group, (_, out) in groups.items()
-        }
-        found = distributed.sum_over(self._hosts, found, outs)
+        found = distributed.total_over(
+          self._hosts,
+          found,
+          {group: (q.part, q.args) for group, q in questions.items()},
+          largest={group for group, q in questions.items() if q.largest},
+        )
       for group, (total, args) in found.items():
-        finish, _ = groups[group]
         # Counts of the entries of a large model do not fit 32 bits.
         with jax.enable_x64(True):
+          finish = questions[group].finish
           answer = finish(total, *jax.tree.map(np.asarray, args))
           answers = _with(answers, group, jax.tree.map(np.asarray, answer))
     return answers
 
   def _asking(self, answers, paths):
-    """Returns the next `_question` of the leaves that have one."""
+    """Returns the next `_Question` of the leaves that have one."""
     kinds, found = {}, {}
     block = jax.ShapeDtypeStruct((blocks.SIZE,), jnp.float32)
     for path in paths:
@@ -389,28 +390,32 @@ class _Sweep:
         found[path] = kinds[kind]
     return found
 
-  def _sum(self, answers, paths):
-    """Returns what is asked, summed over leaves, by group."""
+  def _total(self, answers, asking):
+    """Returns what is asked of leaves, by group, and what to finish it with."""
     found, lock = {}, threading.Lock()
+    questions = [*asking.values()]
 
-    def add(_, out):
-      ((group, part),) = out['part'].items()
+    def add(part, out):
+      # Blocks are entries of any leaves, which all ask the same.
+      question = questions[0] if self._cut else asking[part]
+      group, combine = question.group, distributed.combiner(question.largest)
       with lock:
         if group not in found:
-          found[group] = jax.tree.map(_zeros, part), out['args']
-        jax.tree.map(_add, found[group][0], part)
+          found[group] = jax.tree.map(_wide, out['part']), out['args']
+          return
+        jax.tree.map(
+          lambda total, x: combine(total, np.asarray(x), out=total),
+          found[group][0],
+          out['part'],
+        )
 
-    self._run(answers, paths, add)
+    self._run(answers, list(asking), add)
     return found
 
 
-def _zeros(x: jax.Array) -> np.ndarray:
+def _wide(x: jax.Array) -> np.ndarray:
   integer = jnp.issubdtype(x.dtype, jnp.integer)
-  return np.zeros(x.shape, np.int64 if integer else np.float64)
-
-
-def _add(total: np.ndarray, part: jax.Array) -> None:
-  np.add(total, np.asarray(part), out=total)
+  return np.array(x, np.int64 if integer else np.float64)
 
 
 class _Tree:

@@ -45,10 +45,14 @@ BESIDE = {
   'checkpoint': ('typing', 'tree', 'base', 'distributed'),
   'metric_writer': ('typing', 'tree', 'base'),
   'blocks': ('typing',),
-  'streaming': ('typing', 'tree', 'base', 'blocks', 'distributed'),
+  'streaming': (
+    *('typing', 'tree', 'base', 'selection'),
+    *('blocks', 'distributed'),
+  ),
   'sharding': ('typing', 'tree'),
   'distributed': ('typing', 'sharding'),
-  'parallel': ('typing', 'layout', 'tree', 'base', 'sharding'),
+  'turns': ('tree', 'base', 'selection'),
+  'parallel': ('typing', 'layout', 'tree', 'base', 'sharding', 'turns'),
 }
 NOT_IN_CORE = {'flax', 'grain', 'orbax', 'tensorflow', 'tensorflow_datasets'}
 

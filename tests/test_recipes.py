@@ -381,10 +381,6 @@ def test_leaf_by_leaf_gives_what_the_whole_gives(method):
   if any(method is METHODS[name] for name in OF_A_TREE):
     pytest.skip('it knows leaves by their path, which a leaf alone has not')
   experts = dj.tree.unstack(EXPERTS[method.num])
-  if method is METHODS['pcb']:
-    with pytest.raises(ValueError, match='merge it in memory'):
-      dj.streaming.merge(method.tx, BASE, experts)
-    return
   assert_close(
     dj.streaming.merge(method.tx, BASE, experts),
     method.merge(BASE, EXPERTS[method.num]).params,

@@ -201,17 +201,13 @@ def test_files_are_merged_and_figures_written(tmp_path):
 
 def test_processes_may_be_used_again(tmp_path):
   rows = command(
-    *(tmp_path / 'found.jsonl', '--quick', '--parts=memory,disk'),
+    *(tmp_path / 'found.jsonl', '--quick', '--parts=memory'),
     *('--methods=average,pcb', '--experts=2,3', '--forms=donated'),
-    '--disk_methods=pcb',
   )
-  memory = [row for row in rows if row['part'] == 'memory']
-  assert [(r['method'], r['experts']) for r in memory] == [
+  assert [(r['method'], r['experts']) for r in rows] == [
     *(('average', 2), ('pcb', 2)),
     *(('average', 3), ('pcb', 3)),
   ]
-  for row in memory:
+  for row in rows:
     assert row['first']['held'] > 0
     assert list(row.get('peers', {})) == ['numpy'] * (row['method'] != 'pcb')
-  left_out = [row for row in rows if 'missing' in row]
-  assert {(r['part'], r['method']) for r in left_out} == {('disk', 'pcb')}
