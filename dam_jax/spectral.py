@@ -7,9 +7,8 @@
   >>> dj.merge(dj.iso_c(), base, experts).params['w'].round().tolist()
   [[3.0, 0.0], [0.0, 3.0]]
 
-A matrix is a floating-point leaf of two axes; `others` merges what is none:
-biases, gains, convolutions, counters. The authors also leave embeddings and
-projections out, by name. Say so by path:
+A matrix is a floating-point leaf of two axes; `others` merges what is none. The
+authors also leave embeddings and projections out, by name. Say so by path:
 
   >>> def label(params):
   ...   rules = [(r'.*(embedding|projection).*', 'average')]
