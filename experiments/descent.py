@@ -125,7 +125,7 @@ class Log:
           if saves is None:
             self._claim()
             saves = stack.enter_context(checkpoint.Saves(folder))
-          saves.save(done, state, _joined(parts))
+          saves.save(done, state, joined(parts))
           if asked:
             saves.wait()
             raise preemption.Preempted(
@@ -150,7 +150,8 @@ class Log:
     shutil.rmtree(self._workdir / 'states', ignore_errors=True)
 
 
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """Puts the metrics of several dispatches after each other."""
   return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 

@@ -18,6 +18,7 @@ from dam_jax import checkpoint
 from dam_jax import parallel
 from dam_jax.data import pipeline
 from dam_jax.metric_writer import MetricWriter
+from experiments import descent
 from experiments import preemption
 
 
@@ -114,7 +115,7 @@ def compile_steps(
   """
   plan = merger.plan
   common = math.gcd(plan.steps, *saved)
-  chunk = max(n for n in range(1, max_chunk + 1) if common % n == 0)
+  chunk = descent.chunk_of(common, max_chunk)
   state = jax.eval_shape(merger.init, jax.random.key(0), base, experts)
   if mesh is not None:
     state = jax.tree.map(
@@ -221,22 +222,18 @@ def learn(
       writer.write(start, _by_task(metrics, tasks))
       parts.append(metrics)
       if not metrics['finite'].all():
-        raise FloatingPointError(_blame(name, _joined(parts), tasks))
+        raise FloatingPointError(_blame(name, descent.joined(parts), tasks))
       done = start + chunk
       asked = watch.asked()
       if asked or done // every > start // every:
-        saves.save(done, state, _joined(parts))
+        saves.save(done, state, descent.joined(parts))
       if asked:
         saves.wait()
         raise preemption.Preempted(f'{name}: asked to stop after step {done}')
       advance(chunk)
   seconds['step'] = (time.perf_counter() - begin) / max(1, plan.steps - first)
   params = merger.finalize(state, base, experts)
-  return Learned(params, state, _joined(parts), seconds)
-
-
-def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+  return Learned(params, state, descent.joined(parts), seconds)
 
 
 def _by_task(metrics, tasks):
