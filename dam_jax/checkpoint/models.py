@@ -280,7 +280,8 @@ def save_orbax(
   Leaves are given to Orbax as the memory maps that they are, and written in the
   layout of a folder a leaf, which Orbax need not hold in memory. What a model
   computes when it is read is held until all is written. Several processes all
-  call this, and the first one writes.
+  call this, and each reads and writes its part of every leaf that has an axis
+  which their devices divide, in those devices' memory; the first one the rest.
 
   Args:
     path: of a folder.
@@ -295,7 +296,7 @@ def save_orbax(
   path = epath.Path(path).resolve()
   if path.exists() and not overwrite:
     raise ValueError(f'{path} exists: pass overwrite=True to replace it')
-  leaves: Any = nest({p: model.read(p) for p in model.leaves})
+  leaves: Any = nest({p: _part(model, p) for p in model.leaves})
   context = ocp.Context()
   context.array.saving.use_ocdbt = False
   context.array.saving.use_zarr3 = False
@@ -303,3 +304,22 @@ def save_orbax(
   context.memory.deepcopy_host_arrays = False  # nobody changes them meanwhile
   with context:
     ocp.save(path, leaves, overwrite=overwrite)
+
+
+def _part(model: Model, path: str) -> np.ndarray | jax.Array:
+  """Returns what this process is to write of a leaf, as Orbax takes it."""
+  leaf, num = model.leaves[path], jax.device_count()
+  divided = [
+    axis for axis, size in enumerate(leaf.shape) if size and not size % num
+  ]
+  # JAX has no 64 bits unless it is told to.
+  held = jax.dtypes.canonicalize_dtype(leaf.dtype) == leaf.dtype
+  if jax.process_count() == 1 or not divided or not held:
+    return model.read(path)
+  mesh = jax.make_mesh((num,), ('all',))
+  spec = jax.P(*[None] * divided[0], 'all')
+  return jax.make_array_from_callback(
+    leaf.shape,
+    jax.sharding.NamedSharding(mesh, spec),
+    lambda index: model.read(path)[index],
+  )

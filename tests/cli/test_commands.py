@@ -20,7 +20,7 @@ def make(seed, rows=6):
   return {
     'embed': {'weight': draw(rows, 4)},
     'layers': [{'weight': draw(4, 4), 'bias': draw(4)} for _ in range(2)],
-    'step': np.array([seed]),
+    'step': np.array([seed, 1]),
   }
 
 
@@ -246,11 +246,11 @@ def test_check_prints_the_plan(files, capsys):
   assert 'merge 4' in capsys.readouterr().out
   assert cli.main(['check', *argv, '--json']) == 0
   plan = json.loads(capsys.readouterr().out)
-  leaves, embed, step = 2 * (16 + 4) * 4, 24 * 4, 8
+  leaves, embed, step = 2 * (16 + 4) * 4, 24 * 4, 16
   assert plan['labels'] == {'keep': 1, 'merge': 5}
   assert plan['passes'] == {'keep': 1, 'merge': 4}
   assert plan['write_bytes'] == leaves + embed + step
-  assert plan['parameters'] == 2 * 20 + 24 + 1
+  assert plan['parameters'] == 2 * 20 + 24 + 2
 
 
 def test_merge_prints_json(files, capsys):

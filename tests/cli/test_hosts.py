@@ -74,9 +74,14 @@ def test_two_hosts_write_an_orbax_checkpoint(files):
   found, wanted = (
     checkpoint.open_model(files / name) for name in ('two', 'one')
   )
-  assert {*found.leaves} == {*wanted.leaves}
+  assert dict(found.leaves) == dict(wanted.leaves)
   for path in wanted.leaves:
     np.testing.assert_array_equal(found.read(path), wanted.read(path))
+  chunks = {
+    name: len([*(files / name / 'state' / 'embed.weight').glob('[0-9]*')])
+    for name in ('two', 'one')
+  }
+  assert chunks == {'two': 2, 'one': 1}
   assert not [*files.glob('.two*')]
 
 
