@@ -332,14 +332,14 @@ class Inverter:
       areas=(area,) * scouts,
       tx=self.scout_tx,
       num=self.first,
-      judged=images[:8],
+      judged=8,
     )
     play = functools.partial(play, areas=areas, tx=self.tx, num=self.last)
     own, score = _rows((own, score), slice(self.keep))
-    own, score, carry, _ = play(eased, keys[1], own, score, judged=images[:16])
+    own, score, carry, _ = play(eased, keys[1], own, score, judged=16)
     own, score, carry = _rows((own, score, carry), slice(2))
     own, score, carry, rates = play(
-      params, keys[2], own, score, carry, judged=images[:32]
+      params, keys[2], own, score, carry, judged=32
     )
     return Inversions(own, score / 3, carry[0], *rates)
 
@@ -365,19 +365,20 @@ class Inverter:
     best lead is added to its score.
     """
     shape, models = (len(own), len(areas)), (params, base)
-    begin, key = jax.random.split(key)
-    if carry is None:
-      carry = jax.device_get(self._init(begin, shape, tx))
+    init_key, key = jax.random.split(key)
     carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
     goal = np.repeat(own, shape[1]), np.tile(np.float32(areas), shape[0])
-    clean = self._classify(params, task, judged)
+    clean = self._classify(params, task, images[:32])[:judged]
     total, found = len(goal[0]), []
     for begin in range(0, total, self.chunk):
       # The last chunk is filled up, so that one program serves all.
       at = np.minimum(np.arange(begin, begin + self.chunk), total - 1)
       part, aims = _rows((carry, goal), at)
+      if part is None:
+        part = self._init(jax.random.fold_in(init_key, begin), tx)
       part = self._descend(tx, num, key, models, task, images, aims, part)
-      rates = self._judge(models, task, judged, clean, aims[0], part[0])
+      seen = images[:judged]
+      rates = self._judge(models, task, seen, clean, aims[0], part[0])
       found.append(_rows((part, rates), slice(total - begin)))
     carry, rates = jax.tree.map(
       lambda *x: np.concatenate(x).reshape(*shape, *x[0].shape[1:]), *found
@@ -386,15 +387,15 @@ class Inverter:
     order = np.argsort(-score, kind='stable')
     return _rows((own, score, carry, rates), order)
 
-  @compiled(1, 2)
-  def _init(self, key, shape, tx):
+  @compiled(1)
+  def _init(self, key, tx):
     place, colour = jax.random.split(key)
-    lead = (*shape, *self.image_shape[:2])
+    lead = (self.chunk, *self.image_shape[:2])
     patches = SoftPatch(
       -3 + 0.1 * jax.random.normal(place, (*lead, 1)),
       jax.random.normal(colour, (*lead, self.image_shape[2])),
     )
-    return patches, jax.vmap(jax.vmap(tx.init))(patches)
+    return patches, jax.vmap(tx.init)(patches)
 
   @compiled(0, 1)
   def _descend(self, tx, num, key, models, task, images, aims, carry):

@@ -340,7 +340,7 @@ def dam_robust(
   granularity: str = 'leaf',
   init: float = 0.3,
   mask: Mask = Mask(
-    temperature=None, rescale=2.0, per_task=True, tx=optax.adam(0.05)
+    temperature=None, rescale=2.0, per_task=True, tx=optax.adam(0.1)
   ),
   tx: optax.GradientTransformation = optax.adam(1e-3),
   area: float | None = None,
@@ -367,7 +367,8 @@ def dam_robust(
     task_logits_fn: one forward pass for one task, for patches on experts alone.
     granularity: of coefficients that are learned too; 'arithmetic' has none.
     init: every coefficient at the start.
-    mask: one a task and parameter, deterministic.
+    mask: one a task and parameter, deterministic. What its `tx` does falls to
+      nothing, linearly over `steps`.
     tx: learns the coefficients.
     area: in pixels, what a patch covers for free; None is 40/1024 of an image.
     adversary_tx: learns the patches.
@@ -394,6 +395,8 @@ def dam_robust(
   """
   if area is None:
     area = 40 / 32**2 * image_shape[0] * image_shape[1]
+  fade = optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, steps))
+  mask = dataclasses.replace(mask, tx=optax.chain(mask.tx, fade))
   spec = MetaSpec(
     coefficients=Coefficients(
       init=init,
