@@ -141,8 +141,10 @@ def test_a_quirk_changes_the_result_from_its_step_on(quirk, tiny, all_quirks):
       )
       for name in ('masks', 'coefficients')
     }
+    # A quirk moves something by 0.1 or more; three steps at a rate of 1 make
+    # rounding 4e-4 on some processors.
     differ = {
-      name: any(bool(jnp.abs(x - y).max() > 1e-4) for x, y in pair)
+      name: any(bool(jnp.abs(x - y).max() > 1e-2) for x, y in pair)
       for name, pair in pairs.items()
     }
     if i < first:
