@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -340,13 +341,13 @@ class Run:
     checkpoint.write(self.workdir / 'curves' / f'{name}.png', curves)
     if masks:
       layout = self.inputs(name)[0].layout
-      dropped = {
-        mask: {
-          leaf: float(np.mean(share))
-          for leaf, share in dj.masks.sparsity(logits, layout).items()
+      dropped = {}
+      for mask, logits in masks.items():
+        shares = dj.masks.sparsity(logits, layout)
+        dropped[mask] = {
+          leaf: float(np.mean(shares[leaf]))
+          for leaf in sorted(shares, key=functools.partial(_depth, setup))
         }
-        for mask, logits in masks.items()
-      }
       text = json.dumps(dropped, indent=2)
       checkpoint.write(self.workdir / 'masks' / f'{name}.json', text)
     patch = getattr(learned.state, 'adversary', None)
@@ -485,3 +486,9 @@ def _fixed(identity: dict[str, Any]) -> dict[str, Any]:
   config = json.loads(json.dumps(identity['config']))
   kept = {key: x for key, x in config.items() if key not in load.OPEN}
   return {**identity, 'config': kept}
+
+
+def _depth(setup: load.Setup, leaf: str) -> int:
+  """Returns which of the tower's levels a leaf is of, from the lowest."""
+  levels = enumerate(setup.levels)
+  return next((i for i, x in levels if re.fullmatch(x, leaf)), -1)

@@ -381,7 +381,7 @@ def _curve(rows) -> bytes:
 
 
 def _dropped(cells, folder) -> dict[str, dict[str, dict[str, float]]]:
-  """Returns the mean share that masks drop, by row, mask and model part."""
+  """Returns the mean share that masks drop, by row, mask and part in order."""
   found: dict[str, dict[str, dict[str, list[float]]]] = {}
   for cell in cells:
     for name in cell.methods:
@@ -395,7 +395,7 @@ def _dropped(cells, folder) -> dict[str, dict[str, dict[str, float]]]:
           row.setdefault(mask, {}).setdefault(part, []).append(share)
   return {
     row: {
-      mask: {part: float(np.mean(x)) for part, x in sorted(parts.items())}
+      mask: {part: float(np.mean(x)) for part, x in parts.items()}
       for mask, parts in masks.items()
     }
     for row, masks in found.items()

@@ -115,6 +115,10 @@ def test_files_a_person_opens(done):
   table = (workdir / 'curves' / 'dam_robust.csv').read_text().splitlines()
   assert len(table) == 1 + 4
   assert 'safety/loss/two' in table[0]
+  shares = json.loads((workdir / 'masks' / 'dam_robust.json').read_text())
+  parts = [leaf.split('/')[0] for leaf in shares['task']]
+  assert parts.index('pre_layernorm') < parts.index('layers_0')
+  assert parts.index('layers_0') < parts.index('post_layernorm')
   assert not list(workdir.rglob('*.tmp'))
 
 
