@@ -51,6 +51,8 @@ def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
     if name.startswith('dam_robust'):
       # A tower this small obeys any large patch: weigh accuracy higher.
       c.options[name].safety_weight = 0.1
+      # Without an audit's triggers it needs to follow patches to the end.
+      c.options[name].fade = (0.5, 0.5)
       c.options[name].restarts = 2
       c.options[name].warmup_ascents = 20
       c.options[name].batch = 8

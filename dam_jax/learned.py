@@ -16,6 +16,7 @@ one, 'task' one a task, 'leaf' one a task and leaf (the papers' layer-wise).
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 import optax
 
@@ -342,6 +343,7 @@ def dam_robust(
   mask: Mask = Mask(
     temperature=None, rescale=2.0, per_task=True, tx=optax.adam(0.1)
   ),
+  fade: tuple[float, float] = (1.0, 0.0),
   tx: optax.GradientTransformation = optax.adam(1e-3),
   area: float | None = None,
   adversary_tx: optax.GradientTransformation = optax.adam(0.2),
@@ -356,10 +358,10 @@ def dam_robust(
 ) -> Merger:
   """Defense-Aware Merging that asks the experts what is right.
 
-  A backdoored expert behaves on clean images, and is only asked about those.
-  Each expert and parameter has a coefficient `2 init sigmoid(L)`. It minimises
-  the cross-entropy to each expert's own clean predictions, on clean images and
-  on those with soft patches that learn to fool the expert, and then the merge.
+  A backdoored expert is only asked about clean images, where it behaves.
+  Coefficients `2 init sigmoid(L)`, one an expert and parameter, minimise the
+  cross-entropy to its predictions there, on clean images and on those with soft
+  patches that learn to fool the expert, and then the merge.
 
   Args:
     logits_fn: one forward pass for all tasks.
@@ -367,8 +369,8 @@ def dam_robust(
     task_logits_fn: one forward pass for one task, for patches on experts alone.
     granularity: of coefficients that are learned too; 'arithmetic' has none.
     init: every coefficient at the start.
-    mask: one a task and parameter, deterministic. What its `tx` does falls to
-      nothing, linearly over `steps`.
+    mask: one a task and parameter, deterministic.
+    fade: what is left of its updates at the first and at the last of `steps`.
     tx: learns the coefficients.
     area: in pixels, what a patch covers for free; None is 40/1024 of an image.
     adversary_tx: learns the patches.
@@ -393,22 +395,19 @@ def dam_robust(
     After Yang et al., `Mitigating the Backdoor Effect for Multi-Task Model
     Merging via Safety-Aware Subspace <https://arxiv.org/abs/2410.13910>`_, 2025
   """
-  if area is None:
-    area = 40 / 32**2 * image_shape[0] * image_shape[1]
-  fade = optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, steps))
-  mask = dataclasses.replace(mask, tx=optax.chain(mask.tx, fade))
+  fading = optax.scale_by_schedule(optax.linear_schedule(*fade, steps))
+  mask = dataclasses.replace(mask, tx=optax.chain(mask.tx, fading))
+  joint_tx = None if granularity == 'arithmetic' else tx
   spec = MetaSpec(
     coefficients=Coefficients(
-      init=init,
-      granularity=granularity,
-      joint_tx=None if granularity == 'arithmetic' else tx,
+      init=init, granularity=granularity, joint_tx=joint_tx
     ),
     masks={'task': mask},
     updates=[(('task',), 1.0, safety_weight)],
     adversary=perturbations.soft_patch(
       image_shape,
       preprocess_fn=preprocess_fn,
-      area=area,
+      area=40 / 32**2 * math.prod(image_shape[:2]) if area is None else area,
       tx=adversary_tx,
       ascents=ascents,
       restarts=restarts,
