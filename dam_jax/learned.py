@@ -371,6 +371,7 @@ def dam_robust(
     init: every coefficient at the start.
     mask: one a task and parameter, deterministic.
     fade: what is left of its updates at the first and at the last of `steps`.
+      Without seeds (0.5, 0.5) is safer, which follows patches to the end.
     tx: learns the coefficients.
     area: in pixels, what a patch covers for free; None is 40/1024 of an image.
     adversary_tx: learns the patches.
@@ -395,14 +396,11 @@ def dam_robust(
     After Yang et al., `Mitigating the Backdoor Effect for Multi-Task Model
     Merging via Safety-Aware Subspace <https://arxiv.org/abs/2410.13910>`_, 2025
   """
-  fading = optax.scale_by_schedule(optax.linear_schedule(*fade, steps))
-  mask = dataclasses.replace(mask, tx=optax.chain(mask.tx, fading))
-  joint_tx = None if granularity == 'arithmetic' else tx
+  joint = None if granularity == 'arithmetic' else tx
+  learned = Coefficients(init=init, granularity=granularity, joint_tx=joint)
   spec = MetaSpec(
-    coefficients=Coefficients(
-      init=init, granularity=granularity, joint_tx=joint_tx
-    ),
-    masks={'task': mask},
+    coefficients=learned,
+    masks={'task': _faded(mask, fade, steps)},
     updates=[(('task',), 1.0, safety_weight)],
     adversary=perturbations.soft_patch(
       image_shape,
@@ -424,6 +422,14 @@ def dam_robust(
   return meta_merger(
     logits_fn, spec, preprocess_fn=preprocess_fn, task_logits_fn=task_logits_fn
   )
+
+
+def _faded(mask: Mask, fade: tuple[float, float], steps: int) -> Mask:
+  """Returns a mask whose updates are multiplied by less and less."""
+  if min(fade) < 0:
+    raise ValueError(f'fade must not be negative, got {fade}')
+  fading = optax.scale_by_schedule(optax.linear_schedule(*fade, steps))
+  return dataclasses.replace(mask, tx=optax.chain(mask.tx, fading))
 
 
 _MODES = {

@@ -1,6 +1,7 @@
 """The named merges: what they lower, their quirks, and what they refuse."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,29 @@ def test_dam_robust_lowers_its_losses_and_the_adversary_raises_its_own(tiny):
   for name in ('clean/loss', 'safety/loss'):
     loss = metrics[name][warm:].sum(axis=1)
     assert loss[-1] < loss[0] - 0.1
+
+
+def test_updates_of_the_masks_fade(tiny):
+  def moves(fade):
+    merger = dj.dam_robust(
+      tiny.logits_fn,
+      image_shape=SHAPE,
+      mask=Mask(temperature=None, rescale=2.0, per_task=True, tx=optax.adam(1)),
+      fade=fade,
+      warmup_ascents=0,
+      steps=2,
+    )
+    state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
+    masks, step = [state.masks['task']], jax.jit(merger.step)
+    for i in range(2):
+      batch = tiny.batch(merger.plan.phases, seed=i)
+      state, _ = step(state, tiny.base, tiny.experts, batch)
+      masks.append(state.masks['task'])
+    return [float(jnp.abs(b - a).max()) for a, b in itertools.pairwise(masks)]
+
+  np.testing.assert_allclose(moves((0.5, 0.0))[0], 0.5, rtol=1e-3)
+  first, second = moves((0.0, 1.0))
+  assert first == 0 < second
 
 
 def test_copies_of_seeds_lead_the_merge_to_their_class(tiny):
@@ -213,6 +237,7 @@ def test_dam_is_its_modes():
     (dj.dam_robust, {'area': 17.0}, 'area .* 4 x 4 pixels, got 17.0'),
     (dj.dam_robust, {'image_shape': (4, 4)}, r'image_shape .* got \(4, 4\)'),
     (dj.dam_robust, {'granularity': 'layer'}, "got 'layer'"),
+    (dj.dam_robust, {'fade': (1.0, -1.0)}, r'fade .* got \(1.0, -1.0\)'),
   ],
 )
 def test_bad_options_are_named(make, options, message):
