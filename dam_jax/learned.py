@@ -343,7 +343,7 @@ def dam_robust(
   mask: Mask = Mask(
     temperature=None, rescale=2.0, per_task=True, tx=optax.adam(0.1)
   ),
-  fade: tuple[float, float] = (1.0, 0.0),
+  fade: Sequence[float] | None = None,
   tx: optax.GradientTransformation = optax.adam(1e-3),
   area: float | None = None,
   adversary_tx: optax.GradientTransformation = optax.adam(0.2),
@@ -370,8 +370,8 @@ def dam_robust(
     granularity: of coefficients that are learned too; 'arithmetic' has none.
     init: every coefficient at the start.
     mask: one a task and parameter, deterministic.
-    fade: what is left of its updates at the first and at the last of `steps`.
-      Without seeds (0.5, 0.5) is safer, which follows patches to the end.
+    fade: what is left of its updates at the first and at the last of `steps`;
+      None is (1, 0) with seeds, and (0.5, 0.5) without, to follow patches.
     tx: learns the coefficients.
     area: in pixels, what a patch covers for free; None is 40/1024 of an image.
     adversary_tx: learns the patches.
@@ -400,7 +400,7 @@ def dam_robust(
   learned = Coefficients(init=init, granularity=granularity, joint_tx=joint)
   spec = MetaSpec(
     coefficients=learned,
-    masks={'task': _faded(mask, fade, steps)},
+    masks={'task': _faded(mask, fade, steps, seeds)},
     updates=[(('task',), 1.0, safety_weight)],
     adversary=perturbations.soft_patch(
       image_shape,
@@ -424,11 +424,19 @@ def dam_robust(
   )
 
 
-def _faded(mask: Mask, fade: tuple[float, float], steps: int) -> Mask:
+def _faded(
+  mask: Mask,
+  fade: Sequence[float] | None,
+  steps: int,
+  seeds: perturbations.Seeds | None,
+) -> Mask:
   """Returns a mask whose updates are multiplied by less and less."""
-  if min(fade) < 0:
-    raise ValueError(f'fade must not be negative, got {fade}')
-  fading = optax.scale_by_schedule(optax.linear_schedule(*fade, steps))
+  if fade is None:
+    fade = (0.5, 0.5) if seeds is None else (1.0, 0.0)
+  if len(fade) != 2 or min(fade) < 0:
+    raise ValueError(f'fade must be two numbers of at least 0, got {fade}')
+  first, last = fade
+  fading = optax.scale_by_schedule(optax.linear_schedule(first, last, steps))
   return dataclasses.replace(mask, tx=optax.chain(mask.tx, fading))
 
 

@@ -65,7 +65,8 @@ def test_updates_of_the_masks_fade(tiny):
       masks.append(state.masks['task'])
     return [float(jnp.abs(b - a).max()) for a, b in itertools.pairwise(masks)]
 
-  np.testing.assert_allclose(moves((0.5, 0.0))[0], 0.5, rtol=1e-3)
+  np.testing.assert_allclose(moves((0.25, 0.0))[0], 0.25, rtol=1e-3)
+  np.testing.assert_allclose(moves(None)[0], 0.5, rtol=1e-3)
   first, second = moves((0.0, 1.0))
   assert first == 0 < second
 
@@ -238,6 +239,7 @@ def test_dam_is_its_modes():
     (dj.dam_robust, {'image_shape': (4, 4)}, r'image_shape .* got \(4, 4\)'),
     (dj.dam_robust, {'granularity': 'layer'}, "got 'layer'"),
     (dj.dam_robust, {'fade': (1.0, -1.0)}, r'fade .* got \(1.0, -1.0\)'),
+    (dj.dam_robust, {'fade': (1.0,)}, r'fade .* got \(1.0,\)'),
   ],
 )
 def test_bad_options_are_named(make, options, message):
