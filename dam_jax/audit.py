@@ -368,6 +368,7 @@ class Inverter:
     init_key, key = jax.random.split(key)
     carry = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), carry)
     goal = np.repeat(own, shape[1]), np.tile(np.float32(areas), shape[0])
+    # As many as the last round judges, so that one program serves all rounds.
     clean = self._classify(params, task, images[:32])[:judged]
     total, found = len(goal[0]), []
     for begin in range(0, total, self.chunk):

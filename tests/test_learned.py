@@ -48,12 +48,17 @@ def test_dam_robust_lowers_its_losses_and_the_adversary_raises_its_own(tiny):
 
 
 def test_updates_of_the_masks_fade(tiny):
-  def moves(fade):
+  shape = (1, 3, *SHAPE[:2])
+  patches = SoftPatch(jnp.full((*shape, 1), -2.0), jnp.zeros((*shape, 3)))
+  found = Seeds(patches, jnp.array([[1, 2, 0]], jnp.int32))
+
+  def moves(fade, seeds=None):
     merger = dj.dam_robust(
       tiny.logits_fn,
       image_shape=SHAPE,
       mask=Mask(temperature=None, rescale=2.0, per_task=True, tx=optax.adam(1)),
       fade=fade,
+      seeds=seeds,
       warmup_ascents=0,
       steps=2,
     )
@@ -67,6 +72,7 @@ def test_updates_of_the_masks_fade(tiny):
 
   np.testing.assert_allclose(moves((0.25, 0.0))[0], 0.25, rtol=1e-3)
   np.testing.assert_allclose(moves(None)[0], 0.5, rtol=1e-3)
+  np.testing.assert_allclose(moves(None, found)[0], 1.0, rtol=1e-3)
   first, second = moves((0.0, 1.0))
   assert first == 0 < second
 
