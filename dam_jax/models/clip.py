@@ -218,7 +218,7 @@ class VisionTower(nn.Module):
     x = transformer.Block(
       c, dtype, every_token=self.every_token, **shared, name=last
     )(x)
-    x = x[:: c.num_tokens] if self.every_token else x
+    x = transformer.first_tokens(x, c.num_tokens) if self.every_token else x
     x = transformer.layer_norm(c, dtype, 'post_layernorm')(x)
     x = nn.Dense(
       c.projection_dim, use_bias=False, dtype=dtype, name='visual_projection'
