@@ -1,6 +1,6 @@
 """Compiles a merge for TPUs that are not there, and says what it would take.
 
-  python -m experiments.aot --topology=v5e:4x4 --model=ViT-L/14 --tasks=8
+  python -m experiments.aot --topology=v5e:4x4 --model=ViT-L/14 --tasks=20
   python -m experiments.aot --topology=v5e:4x4 --model=7B --tasks=8 \
     --method=task_arithmetic
 
