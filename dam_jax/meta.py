@@ -86,7 +86,7 @@ class _Engine:
     num, *shape = model.experts.vector.shape
     dtype = model.experts.vector.dtype
     leaves = (len(model.base.layout.names),) if c.granularity == 'leaf' else ()
-    coefficients = jnp.full((num, *leaves), c.init, dtype)
+    coefficients = c.start((num, *leaves), dtype)
     logits = {
       name: jnp.full((num, *shape) if m.per_task else shape, m.init, dtype)
       for name, m in r.masks.items()
@@ -142,7 +142,7 @@ class _Engine:
     model, c = model_of(base, experts), self.spec.coefficients
     coefficients = state.coefficients
     if c.inner_tx is not None and not self.spec.coefficient_steps:
-      coefficients = jnp.full_like(coefficients, c.init)
+      coefficients = c.start(coefficients.shape, coefficients.dtype)
     values = self._final_values(state, model.base.layout)
     return model.base.unravel(self._combine(model, coefficients, values))
 
@@ -199,7 +199,7 @@ class _Engine:
   def _inner(self, state, model, values, images, references):
     """Adapts the coefficients to the masks, from their initial value."""
     c = self.spec.coefficients
-    start = jnp.full_like(state.coefficients, c.init)
+    start = c.start(state.coefficients.shape, state.coefficients.dtype)
     at = state.coefficients if c.stale else start
 
     def objective(w):

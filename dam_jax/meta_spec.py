@@ -6,6 +6,7 @@ many steps of what. `dam_jax.learned` names the published ones.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class Coefficients:
   """The weights of the task vectors.
 
   Attributes:
-    init: their value at the start.
+    init: their value at the start, of all or `[K]` of each expert.
     granularity: 'task' has one a task, 'leaf' one a task and leaf, and
       'arithmetic' one a task that is never learned.
     inner_tx: adapts them in each step before the masks move; None does not.
@@ -55,7 +56,7 @@ class Coefficients:
     leak_last: the same for the first step after the masks (quirk C).
   """
 
-  init: float = 0.3
+  init: float | jax.Array = 0.3
   granularity: str = 'leaf'
   inner_tx: optax.GradientTransformation | None = None
   inner_gradient: str = 'first_order'
@@ -68,6 +69,13 @@ class Coefficients:
   def __post_init__(self):
     _one_of('granularity', self.granularity, GRANULARITIES)
     _one_of('inner_gradient', self.inner_gradient, ('first_order', 'exact'))
+
+  def start(self, shape: Sequence[int], dtype: Any) -> jax.Array:
+    """Returns their value at the start, `shape` is `[K, ...]`."""
+    init = jnp.asarray(self.init, dtype)
+    if init.ndim and len(init) != shape[0]:
+      raise ValueError(f'init is of {len(init)} experts, there are {shape[0]}')
+    return jnp.broadcast_to(init.reshape(-1, *[1] * (len(shape) - 1)), shape)
 
   @property
   def reads_leak(self) -> bool:

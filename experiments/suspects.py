@@ -336,6 +336,7 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
   """Returns the triggers of all tasks, leaves `[S, T, ...]`.
 
   Warps that are not named bend nothing: images dealt to them stay as they are.
+  Experts that were not made apart are suspected alike.
   """
   patches, points, classes, shunned = [], [], [], []
   for suspect in suspects:
@@ -359,4 +360,10 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
     jnp.array(classes, jnp.int32).T,
     jnp.stack(points, axis=1),
     jnp.array(shunned, jnp.int32).T,
+    jnp.array(
+      [
+        max(suspects[i].own.suspicion for i in (t, *suspect.company))
+        for t, suspect in enumerate(suspects)
+      ]
+    ),
   )

@@ -219,6 +219,14 @@ def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
   shape = (num + 1, 3, *setup.image_shape)
   assert seeds.params.pattern_logits.shape == shape
   assert seeds.points.shape == (4, 3, 6, 6, 2)
+  suspicions = [suspect.own.suspicion for suspect in found]
+  company = [[t, *suspect.company] for t, suspect in enumerate(found)]
+  assert any(len(members) > 1 for members in company)
+  np.testing.assert_allclose(
+    seeds.suspicion,
+    [max(suspicions[i] for i in members) for members in company],
+    rtol=1e-6,
+  )
   own = [suspect.patch.target for suspect in found]
   others = [suspect.others.found.target for suspect in found]
   assert seeds.classes.tolist() == [own] * num + [others]
