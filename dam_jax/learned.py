@@ -17,7 +17,9 @@ one, 'task' one a task, 'leaf' one a task and leaf (the papers' layer-wise).
 from collections.abc import Sequence
 import dataclasses
 import math
+from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from dam_jax import perturbations
@@ -368,7 +370,7 @@ def dam_robust(
     image_shape: `(H, W, C)`.
     task_logits_fn: one forward pass for one task, for patches on experts alone.
     granularity: of coefficients that are learned too; 'arithmetic' has none.
-    init: every coefficient at the start, of an expert that is not suspicious.
+    init: coefficients at the start, of experts that are not suspicious.
     mask: one a task and parameter, deterministic.
     fade: what is left of its updates at the first and at the last of `steps`;
       None is (1, 0) with seeds, and (0.5, 0.5) without, to follow patches.
@@ -380,7 +382,7 @@ def dam_robust(
     warmup_ascents: steps of each patch before the first step of the masks.
     seeds: patches and warps that `dam_jax.audit` and `dam_jax.warps` inverted
       on each expert alone. They stay, and copies of patches follow the merge.
-      Coefficients of a suspicious expert start at `init / (1 + suspicion)`.
+      Coefficients of an expert start at `init / (1 + min(suspicion, 1))`.
     safety_weight: of the loss on images with patches and warps.
     shun_weight: in that loss, of keeping images from classes that seeds shun.
     steps: of the masks, after those of patches alone: by default 300 in all.
@@ -398,8 +400,10 @@ def dam_robust(
     Merging via Safety-Aware Subspace <https://arxiv.org/abs/2410.13910>`_, 2025
   """
   joint = None if granularity == 'arithmetic' else tx
-  doubt = 0.0 if seeds is None or seeds.suspicion is None else seeds.suspicion
-  start = init / (1 + doubt)
+  start: Any = init
+  if seeds is not None and seeds.suspicion is not None:
+    # Less than a half costs the expert's own task accuracy.
+    start = init / (1 + jnp.minimum(seeds.suspicion, 1))
   learned = Coefficients(init=start, granularity=granularity, joint_tx=joint)
   spec = MetaSpec(
     coefficients=learned,

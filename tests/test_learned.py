@@ -93,8 +93,8 @@ def test_suspicious_experts_start_with_less(tiny):
     return state.coefficients[:, 0]
 
   np.testing.assert_allclose(start(None), 0.4)
-  got = start(jnp.array([0.0, 1.0, 3.0]))
-  np.testing.assert_allclose(got, [0.4, 0.2, 0.1], rtol=1e-6)
+  got = start(jnp.array([0.0, 0.6, 3.0]))
+  np.testing.assert_allclose(got, [0.4, 0.25, 0.2], rtol=1e-6)
   for wrong in (jnp.zeros(2), jnp.array([0.0, -1.0, 0.0])):
     with pytest.raises(ValueError, match=r'suspicion must be \[3\]'):
       start(wrong)
