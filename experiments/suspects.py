@@ -43,8 +43,7 @@ keep two cores busy for 80 % of the time.
 NAMED = 0.6
 """Suspicion above which a class is held to be a target.
 
-Most clean uploads get up to 0.5 (configs/audit.py), a few up to 1.0
-(configs/study.py).
+Most clean uploads get up to 0.5, a few up to 1.0 (docs/study.md).
 """
 
 
