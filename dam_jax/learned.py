@@ -17,8 +17,8 @@ one, 'task' one a task, 'leaf' one a task and leaf (the papers' layer-wise).
 from collections.abc import Sequence
 import dataclasses
 import math
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -400,13 +400,10 @@ def dam_robust(
     Merging via Safety-Aware Subspace <https://arxiv.org/abs/2410.13910>`_, 2025
   """
   joint = None if granularity == 'arithmetic' else tx
-  start: Any = init
-  if seeds is not None and seeds.suspicion is not None:
-    # Less than a half costs the expert's own task accuracy.
-    start = init / (1 + jnp.minimum(seeds.suspicion, 1))
-  learned = Coefficients(init=start, granularity=granularity, joint_tx=joint)
   spec = MetaSpec(
-    coefficients=learned,
+    coefficients=Coefficients(
+      init=_trusted(init, seeds), granularity=granularity, joint_tx=joint
+    ),
     masks={'task': _faded(mask, fade, steps, seeds)},
     updates=[(('task',), 1.0, safety_weight)],
     adversary=perturbations.soft_patch(
@@ -429,6 +426,16 @@ def dam_robust(
   return meta_merger(
     logits_fn, spec, preprocess_fn=preprocess_fn, task_logits_fn=task_logits_fn
   )
+
+
+def _trusted(
+  init: float, seeds: perturbations.Seeds | None
+) -> float | jax.Array:
+  """Returns coefficients, lower for experts that an audit suspects."""
+  if seeds is None or seeds.suspicion is None:
+    return init
+  # Less than a half costs accuracy on the expert's own task.
+  return init / (1 + jnp.minimum(seeds.suspicion, 1))
 
 
 def _faded(
