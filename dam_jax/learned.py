@@ -382,7 +382,7 @@ def dam_robust(
     warmup_ascents: steps of each patch before the first step of the masks.
     seeds: patches and warps that `dam_jax.audit` and `dam_jax.warps` inverted
       on each expert alone. They stay, and copies of patches follow the merge.
-      Coefficients of an expert start at `init / (1 + min(suspicion, 1))`.
+      Coefficients start at `init / (1 + min(suspicion, 1))`.
     safety_weight: of the loss on images with patches and warps.
     shun_weight: in that loss, of keeping images from classes that seeds shun.
     steps: of the masks, after those of patches alone: by default 300 in all.
@@ -399,11 +399,8 @@ def dam_robust(
     After Yang et al., `Mitigating the Backdoor Effect for Multi-Task Model
     Merging via Safety-Aware Subspace <https://arxiv.org/abs/2410.13910>`_, 2025
   """
-  joint = None if granularity == 'arithmetic' else tx
   spec = MetaSpec(
-    coefficients=Coefficients(
-      init=_trusted(init, seeds), granularity=granularity, joint_tx=joint
-    ),
+    coefficients=_trusted(init, granularity, tx, seeds),
     masks={'task': _faded(mask, fade, steps, seeds)},
     updates=[(('task',), 1.0, safety_weight)],
     adversary=perturbations.soft_patch(
@@ -429,13 +426,21 @@ def dam_robust(
 
 
 def _trusted(
-  init: float, seeds: perturbations.Seeds | None
-) -> float | jax.Array:
-  """Returns coefficients, lower for experts that an audit suspects."""
-  if seeds is None or seeds.suspicion is None:
-    return init
-  # Less than a half costs accuracy on the expert's own task.
-  return init / (1 + jnp.minimum(seeds.suspicion, 1))
+  init: float,
+  granularity: str,
+  tx: optax.GradientTransformation,
+  seeds: perturbations.Seeds | None,
+) -> Coefficients:
+  """Returns coefficients, lower at the start for experts that are suspicious."""
+  start: float | jax.Array = init
+  if seeds is not None and seeds.suspicion is not None:
+    # Less than a half costs accuracy on the expert's own task.
+    start = init / (1 + jnp.minimum(seeds.suspicion, 1))
+  return Coefficients(
+    init=start,
+    granularity=granularity,
+    joint_tx=None if granularity == 'arithmetic' else tx,
+  )
 
 
 def _faded(
