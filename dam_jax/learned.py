@@ -431,7 +431,7 @@ def _trusted(
   tx: optax.GradientTransformation,
   seeds: perturbations.Seeds | None,
 ) -> Coefficients:
-  """Returns coefficients, lower at the start for experts that are suspicious."""
+  """Returns coefficients that start lower for suspicious experts."""
   start: float | jax.Array = init
   if seeds is not None and seeds.suspicion is not None:
     # Less than a half costs accuracy on the expert's own task.
