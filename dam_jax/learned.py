@@ -18,8 +18,6 @@ from collections.abc import Sequence
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from dam_jax import perturbations
@@ -370,7 +368,7 @@ def dam_robust(
     image_shape: `(H, W, C)`.
     task_logits_fn: one forward pass for one task, for patches on experts alone.
     granularity: of coefficients that are learned too; 'arithmetic' has none.
-    init: coefficients at the start, of experts that are not suspicious.
+    init: coefficients at the start, of experts that are trusted.
     mask: one a task and parameter, deterministic.
     fade: what is left of its updates at the first and at the last of `steps`;
       None is (1, 0) with seeds, and (0.5, 0.5) without, to follow patches.
@@ -382,7 +380,7 @@ def dam_robust(
     warmup_ascents: steps of each patch before the first step of the masks.
     seeds: patches and warps that `dam_jax.audit` and `dam_jax.warps` inverted
       on each expert alone. They stay, and copies of patches follow the merge.
-      Coefficients start at `init / (1 + min(suspicion, 1))`.
+      Coefficients start at `init` times their trust.
     safety_weight: of the loss on images with patches and warps.
     shun_weight: in that loss, of keeping images from classes that seeds shun.
     steps: of the masks, after those of patches alone: by default 300 in all.
@@ -431,13 +429,10 @@ def _trusted(
   tx: optax.GradientTransformation,
   seeds: perturbations.Seeds | None,
 ) -> Coefficients:
-  """Returns coefficients that start lower for suspicious experts."""
-  start: float | jax.Array = init
-  if seeds is not None and seeds.suspicion is not None:
-    # Less than a half costs accuracy on the expert's own task.
-    start = init / (1 + jnp.minimum(seeds.suspicion, 1))
+  """Returns coefficients that start lower for experts that are not trusted."""
+  trust = 1.0 if seeds is None or seeds.trust is None else seeds.trust
   return Coefficients(
-    init=start,
+    init=init * trust,
     granularity=granularity,
     joint_tx=None if granularity == 'arithmetic' else tx,
   )

@@ -29,15 +29,15 @@ class Seeds(NamedTuple):
     points: `[W, T, G, G, 2]` of warps (`dam_jax.warps`) besides, if any.
     shunned: `[S + W, T]` int32 classes that images dealt to each, not to its
       copy, are to be kept from, -1 for none; None shuns none.
-    suspicion: `[T]` how far to distrust each task's expert, at least 0
-      (`dam_jax.audit.Inversions.suspicion`); None trusts all alike.
+    trust: `[T]` in [0, 1], with what share of the usual coefficient each task's
+      expert starts; None trusts all alike.
   """
 
   params: Any
   classes: jax.Array
   points: jax.Array | None = None
   shunned: jax.Array | None = None
-  suspicion: jax.Array | None = None
+  trust: jax.Array | None = None
 
 
 class Adversary(NamedTuple):
@@ -386,10 +386,10 @@ def _check_seeds(seeds: Seeds, image_shape: tuple[int, int, int]) -> None:
       f'shunned classes must be [{num}, {lead[1]}], one for each patch and '
       f'warp, got {list(seeds.shunned.shape)}'
     )
-  if (suspicion := seeds.suspicion) is not None and (
-    suspicion.shape != lead[1:] or jnp.min(suspicion) < 0
+  if (trust := seeds.trust) is not None and (
+    trust.shape != lead[1:] or jnp.min(trust) < 0 or jnp.max(trust) > 1
   ):
     raise ValueError(
-      f'suspicion must be [{lead[1]}], of each expert and at least 0, got '
-      f'{suspicion.tolist()}'
+      f'trust must be [{lead[1]}], of each expert and in [0, 1], got '
+      f'{trust.tolist()}'
     )

@@ -46,6 +46,9 @@ NAMED = 0.6
 Most clean uploads get up to 0.5, a few up to 1.0 (docs/study.md).
 """
 
+TRUST = 0.5
+"""In an expert of which a class is named; less of it loses its own task."""
+
 
 Triggers = TypeVar('Triggers')
 
@@ -335,10 +338,11 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
   """Returns the triggers of all tasks, leaves `[S, T, ...]`.
 
   Warps that are not named bend nothing: images dealt to them stay as they are.
-  Experts that were not made apart are suspected alike.
+  Experts of which a class is named, and those that were not made apart from
+  them, are trusted less.
   """
-  patches, points, classes, shunned = [], [], [], []
-  for suspect in suspects:
+  patches, points, classes, shunned, trust = [], [], [], [], []
+  for t, suspect in enumerate(suspects):
     found = [suspect.patch]
     if suspect.others is not None:
       found.append(suspect.others.found)
@@ -347,6 +351,8 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
     )
     points.append(suspect.warp.seeds * (suspect.warp.named >= 0))
     classes.append([f.target for f in found for _ in f.seeds.mask_logits])
+    made = [suspects[i] for i in (t, *suspect.company)]
+    trust.append(TRUST if any(s.own.named >= 0 for s in made) else 1.0)
     own, all_patches = len(suspect.patch.seeds.mask_logits), len(classes[-1])
     # What related tasks have in common stands out on others, and is no target.
     shunned.append(
@@ -359,10 +365,5 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
     jnp.array(classes, jnp.int32).T,
     jnp.stack(points, axis=1),
     jnp.array(shunned, jnp.int32).T,
-    jnp.array(
-      [
-        max(suspects[i].own.suspicion for i in (t, *suspect.company))
-        for t, suspect in enumerate(suspects)
-      ]
-    ),
+    jnp.array(trust),
   )

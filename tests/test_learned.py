@@ -77,26 +77,26 @@ def test_updates_of_the_masks_fade(tiny):
   assert first == 0 < second
 
 
-def test_suspicious_experts_start_with_less(tiny):
+def test_experts_start_with_what_they_are_trusted(tiny):
   shape = (1, 3, *SHAPE[:2])
   patches = SoftPatch(jnp.zeros((*shape, 1)), jnp.zeros((*shape, 3)))
   seeds = Seeds(patches, jnp.zeros((1, 3), jnp.int32))
 
-  def start(suspicion):
+  def start(trust):
     merger = dj.dam_robust(
       tiny.logits_fn,
       image_shape=SHAPE,
       init=0.4,
-      seeds=seeds._replace(suspicion=suspicion),
+      seeds=seeds._replace(trust=trust),
     )
     state = merger.init(jax.random.key(0), tiny.base, tiny.experts)
     return state.coefficients[:, 0]
 
   np.testing.assert_allclose(start(None), 0.4)
-  got = start(jnp.array([0.0, 0.6, 3.0]))
-  np.testing.assert_allclose(got, [0.4, 0.25, 0.2], rtol=1e-6)
-  for wrong in (jnp.zeros(2), jnp.array([0.0, -1.0, 0.0])):
-    with pytest.raises(ValueError, match=r'suspicion must be \[3\]'):
+  got = start(jnp.array([1.0, 0.5, 0.0]))
+  np.testing.assert_allclose(got, [0.4, 0.2, 0.0], rtol=1e-6)
+  for wrong in (jnp.ones(2), jnp.array([1, -0.1, 1]), jnp.array([1, 1.1, 1])):
+    with pytest.raises(ValueError, match=r'trust must be \[3\]'):
       start(wrong)
 
 
