@@ -351,8 +351,8 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
     )
     points.append(suspect.warp.seeds * (suspect.warp.named >= 0))
     classes.append([f.target for f in found for _ in f.seeds.mask_logits])
-    made = [suspects[i] for i in (t, *suspect.company)]
-    trust.append(TRUST if any(s.own.named >= 0 for s in made) else 1.0)
+    group = [suspects[i] for i in (t, *suspect.company)]
+    trust.append(TRUST if any(s.own.named >= 0 for s in group) else 1.0)
     own, all_patches = len(suspect.patch.seeds.mask_logits), len(classes[-1])
     # What related tasks have in common stands out on others, and is no target.
     shunned.append(
