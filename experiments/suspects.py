@@ -47,7 +47,7 @@ Most clean uploads get up to 0.5, a few up to 1.0 (docs/study.md).
 """
 
 TRUST = 0.5
-"""In an expert of which a class is named; less of it loses its own task."""
+"""In experts that were not made apart: what each adds to another is not known."""
 
 
 Triggers = TypeVar('Triggers')
@@ -338,11 +338,10 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
   """Returns the triggers of all tasks, leaves `[S, T, ...]`.
 
   Warps that are not named bend nothing: images dealt to them stay as they are.
-  Experts of which a class is named, and those that were not made apart from
-  them, are trusted less.
+  Experts that were not made apart are trusted less.
   """
   patches, points, classes, shunned, trust = [], [], [], [], []
-  for t, suspect in enumerate(suspects):
+  for suspect in suspects:
     found = [suspect.patch]
     if suspect.others is not None:
       found.append(suspect.others.found)
@@ -351,8 +350,7 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
     )
     points.append(suspect.warp.seeds * (suspect.warp.named >= 0))
     classes.append([f.target for f in found for _ in f.seeds.mask_logits])
-    group = [suspects[i] for i in (t, *suspect.company)]
-    trust.append(TRUST if any(s.own.named >= 0 for s in group) else 1.0)
+    trust.append(TRUST if suspect.company else 1.0)
     own, all_patches = len(suspect.patch.seeds.mask_logits), len(classes[-1])
     # What related tasks have in common stands out on others, and is no target.
     shunned.append(

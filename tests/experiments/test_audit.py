@@ -219,6 +219,9 @@ def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
   shape = (num + 1, 3, *setup.image_shape)
   assert seeds.params.pattern_logits.shape == shape
   assert seeds.points.shape == (4, 3, 6, 6, 2)
+  alone = [not suspect.company for suspect in found]
+  assert sorted(alone) == [False, False, True]
+  assert seeds.trust.tolist() == [1.0 if x else suspects.TRUST for x in alone]
   own = [suspect.patch.target for suspect in found]
   others = [suspect.others.found.target for suspect in found]
   assert seeds.classes.tolist() == [own] * num + [others]
@@ -230,15 +233,9 @@ def test_the_experts_of_a_merge_are_searched_once(merged, colluders):
     want = [patch] * num + [-1] + [warp] * 4
     assert seeds.shunned[:, t].tolist() == want
   named, unnamed = (found[0].warp._replace(suspicion=x) for x in (0.7, 0.5))
-  patch = found[0].patch._replace(suspicion=0.0)
-  two = [
-    found[0]._replace(patch=patch, warp=warp, company={})
-    for warp in (named, unnamed)
-  ]
-  seeds_of_two = suspects.seeds(two)
-  assert seeds_of_two.trust.tolist() == [suspects.TRUST, 1.0]
-  colluding = [two[0], two[1]._replace(company={0: 0.4})]
-  assert suspects.seeds(colluding).trust.tolist() == [suspects.TRUST] * 2
+  seeds_of_two = suspects.seeds(
+    [found[0]._replace(warp=warp) for warp in (named, unnamed)]
+  )
   np.testing.assert_array_equal(seeds_of_two.points[:, 0], named.seeds)
   assert not seeds_of_two.points[:, 1].any()
   assert seeds_of_two.shunned[-4:].tolist() == [[named.target, -1]] * 4
