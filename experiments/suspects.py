@@ -47,7 +47,7 @@ Most clean uploads get up to 0.5, a few up to 1.0 (docs/study.md).
 """
 
 TRUST = 0.5
-"""In experts that were not made apart: what each adds to another is not known."""
+"""In experts that were not made apart: what one adds to another is unknown."""
 
 
 Triggers = TypeVar('Triggers')
