@@ -17,8 +17,10 @@ command was not run on the whole split yet:
 
 With 300 test images a task, on a CPU:
 
-  bad | dam_robust      | the triggers on a clean merge
-  2   | 74.2; 0.7, 1.0  | 70.8; 4.1, 0.0
+  bad | dam_robust                    | the triggers on a clean merge
+  1   | 75.6, 3.7                     | 70.8, 4.1
+  2   | 75.1, 3.4 / 0.7               | 70.8, 4.1 / 0.0
+  4   | 74.9, 1.7 / 0.7 / 5.0 / 1.5   | 70.8, 4.1 / 0.0 / 40.3 / 33.2
 
 docs/study.md has more of it: BadNets, fewer tasks, other methods, how long it
 took, and what was tried.
