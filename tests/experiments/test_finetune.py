@@ -277,5 +277,6 @@ def test_only_named_tasks_are_mirrored_and_crops_are_off(make_lab):
       )
     )
   )
-  np.testing.assert_array_equal(one, other)
-  assert (one != augmented).any()
+  # Two programs: a CPU may round what XLA fuses otherwise differently.
+  np.testing.assert_allclose(one, other, rtol=0, atol=2e-5)
+  assert np.abs(one - augmented).max() > 1e-4
