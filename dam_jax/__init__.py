@@ -29,6 +29,7 @@ from dam_jax.base import Plan
 from dam_jax.base import chain
 from dam_jax.base import from_transform
 from dam_jax.base import merge
+from dam_jax.base import partition
 from dam_jax.base import scan_steps
 from dam_jax.defences import repo_awm
 from dam_jax.defences import repo_sau
@@ -108,6 +109,7 @@ __all__ = [
   'merge',
   'model_stock',
   'nuslerp',
+  'partition',
   'pcb',
   'perturbations',
   'pmap_form',

@@ -19,6 +19,7 @@ from dam_jax import selection
 from dam_jax import transforms
 from dam_jax import tree
 from dam_jax.base import entrywise
+from dam_jax.base import leafwise
 
 MERGES = ('mean', 'sum', 'max')
 """How `elect_mean` merges the entries that agree."""
@@ -262,7 +263,7 @@ def slerp(
       raise ValueError('slerp interpolates weights: pass params to update')
     return reduce_fn(updates, params)
 
-  return optax.stateless(slerp_fn)
+  return leafwise(optax.stateless(slerp_fn))
 
 
 def keep_base() -> optax.GradientTransformation:

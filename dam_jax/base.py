@@ -16,7 +16,7 @@ Level 2 works over data. A `Merger` is three pure functions and a plan of what
 its steps read; a transformation becomes one by `from_transform`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +41,15 @@ class Leafwise(optax.GradientTransformationExtraArgs):
   """
 
 
-class Entrywise(Leafwise):
+class Placewise(Leafwise):
+  """A transformation that XLA splits over devices as it is.
+
+  What becomes of an entry it knows of that entry, its place in the leaf, and
+  counts or sums over the leaf: no other entry has to be where it is.
+  """
+
+
+class Entrywise(Placewise):
   """A transformation that does to every entry what it does to any other.
 
   It takes a bare array `[K, n]` of any entries of a model, in any order, and
@@ -60,6 +68,11 @@ def leafwise(tx: optax.GradientTransformation) -> Leafwise:
   return Leafwise(*optax.with_extra_args_support(tx))
 
 
+def placewise(tx: optax.GradientTransformation) -> Placewise:
+  """Says of a transformation that it is `Placewise`."""
+  return Placewise(*optax.with_extra_args_support(tx))
+
+
 def made_of(
   tx: optax.GradientTransformationExtraArgs,
   parts: Sequence[optax.GradientTransformation],
@@ -71,9 +84,9 @@ def made_of(
     parts: which it applies, each to all or some of the leaves.
 
   Returns:
-    It, `Entrywise` or `Leafwise` where all parts are.
+    It, `Entrywise`, `Placewise` or `Leafwise` where all parts are.
   """
-  for kind in (Entrywise, Leafwise):
+  for kind in (Entrywise, Placewise, Leafwise):
     if all(isinstance(part, kind) for part in parts):
       return kind(*tx)
   return tx
@@ -100,14 +113,16 @@ class Plan(NamedTuple):
     references: whether it reads `Batch.references`.
     entrywise: whether it merges `Entrywise`: finalize then merges any part of
       the models, and takes the `sum_parts` that tells of the others.
+    placewise: whether it merges `Placewise`.
     leafwise: whether it merges `Leafwise`: finalize then merges bare leaves,
-      and takes that and the `salt` of a leaf's path.
+      and takes `sum_parts` and the `salt` of a leaf's path.
   """
 
   steps: int = 0
   phases: int = 0
   references: bool = False
   entrywise: bool = False
+  placewise: bool = False
   leafwise: bool = False
 
 
@@ -180,7 +195,8 @@ def chain(
     *transforms: the last one reduces the task axis, those before it keep it.
 
   Returns:
-    One transformation; `Entrywise` or `Leafwise` where all links are.
+    One transformation; `Entrywise`, `Placewise` or `Leafwise` where all links
+    are.
 
   Raises:
     ValueError: at update, where a link before the last drops the task axis.
@@ -218,6 +234,10 @@ def chain(
   return made_of(one, transforms)
 
 
+def _no_step(state: Any, base: Any, experts: Any, batch: Batch) -> Any:
+  raise ValueError('this merge reads no data: call finalize, not step')
+
+
 def from_transform(tx: optax.GradientTransformation) -> Merger:
   """Makes a merge of task vectors a `Merger` that reads no data.
 
@@ -239,16 +259,77 @@ def from_transform(tx: optax.GradientTransformation) -> Merger:
     del key, experts
     return tx.init(base)
 
-  def step_fn(state, base, experts, batch):
-    raise ValueError('this merge reads no data: call finalize, not step')
-
   def finalize_fn(state, base, experts, **extra_args):
     return merge(tx, base, experts, state=state, **extra_args).params
 
   plan = Plan(
-    entrywise=isinstance(tx, Entrywise), leafwise=isinstance(tx, Leafwise)
+    entrywise=isinstance(tx, Entrywise),
+    placewise=isinstance(tx, Placewise),
+    leafwise=isinstance(tx, Leafwise),
   )
-  return Merger(init_fn, step_fn, finalize_fn, plan)
+  return Merger(init_fn, _no_step, finalize_fn, plan)
+
+
+def partition(mergers: Mapping[Hashable, Merger], labels: Any) -> Merger:
+  """Merges each leaf by the merger of its label.
+
+  As `optax.partition` does with transformations: each sees its own leaves, and
+  what it ranks of the whole model it ranks of these. Over a mesh, give it those
+  that `dam_jax.data_parallel` makes; each then merges where its leaves lie.
+
+  Args:
+    mergers: by label, none of which has steps.
+    labels: a pytree like the base, such as `dam_jax.tree.label_by_path` gives.
+
+  Returns:
+    A merger whose plan has no steps.
+
+  Raises:
+    ValueError: where a merger has steps, or a label no merger; all of them.
+
+  Examples:
+    >>> base = {'w': jnp.ones(1), 'head': jnp.ones(1)}
+    >>> experts = {'w': jnp.array([[2.], [4.]]), 'head': jnp.zeros((2, 1))}
+    >>> merger = partition(
+    ...   {'merge': from_transform(dj.average()),
+    ...    'keep': from_transform(dj.keep_base())},
+    ...   {'w': 'merge', 'head': 'keep'})
+    >>> state = merger.init(jax.random.key(0), base, experts)
+    >>> merger.finalize(state, base, experts)
+    {'head': Array([1.], dtype=float32), 'w': Array([3.], dtype=float32)}
+  """
+  learned = [label for label, merger in mergers.items() if merger.plan.steps]
+  unknown = sorted(
+    {str(x) for x in jax.tree.leaves(labels) if x not in mergers}
+  )
+  if learned or unknown:
+    raise ValueError(
+      f'mergers that learn: {learned}; labels without a merger: {unknown}'
+    )
+
+  def part(model, label):
+    return jax.tree.map(
+      lambda own, x: x if own == label else optax.MaskedNode(), labels, model
+    )
+
+  def init_fn(key, base, experts):
+    return {
+      label: merger.init(key, part(base, label), part(experts, label))
+      for label, merger in mergers.items()
+    }
+
+  def finalize_fn(state, base, experts):
+    merged = {
+      label: merger.finalize(
+        state[label], part(base, label), part(experts, label)
+      )
+      for label, merger in mergers.items()
+    }
+    return jax.tree.map(
+      lambda own, *parts: parts[[*merged].index(own)], labels, *merged.values()
+    )
+
+  return Merger(init_fn, _no_step, finalize_fn)
 
 
 def scan_steps(

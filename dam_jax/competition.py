@@ -25,6 +25,8 @@ from dam_jax import selection
 from dam_jax import transforms
 from dam_jax import tree
 from dam_jax.base import entrywise
+from dam_jax.base import leafwise
+from dam_jax.base import made_of
 
 READINGS = ('paper', 'code')
 """How `pcb` weighs entries."""
@@ -113,7 +115,9 @@ def sce(
     return above / jnp.where(below > 0, below, 1)
 
   reduce_fn = aggregators.by_leaf(leaf_fn)
-  return optax.stateless(lambda updates, params=None: reduce_fn(updates))
+  return leafwise(
+    optax.stateless(lambda updates, params=None: reduce_fn(updates))
+  )
 
 
 def pcb(
@@ -306,4 +310,5 @@ def consensus(
     masks = localization.tall_masks(updates, merged, threshold=threshold)
     return reduce_fn(updates, merged, masks), state
 
-  return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  both = optax.GradientTransformationExtraArgs(tx.init, update_fn)
+  return made_of(both, [tx])

@@ -22,6 +22,7 @@ import optax
 from dam_jax import aggregators
 from dam_jax import transforms
 from dam_jax.base import is_concrete
+from dam_jax.base import leafwise
 
 PAIRS = ('cosine', 'angle')
 """What `model_stock` averages over pairs of experts."""
@@ -93,7 +94,7 @@ def karcher(
       raise ValueError('karcher averages weights: pass params to update')
     return reduce_fn(updates, params)
 
-  return optax.stateless(karcher_fn)
+  return leafwise(optax.stateless(karcher_fn))
 
 
 def _direction_of_mean(
@@ -188,4 +189,4 @@ def model_stock(
       raise ValueError(f'model_stock needs at least 2 experts, got {num}')
     return reduce_fn(updates)
 
-  return optax.stateless(stock_fn)
+  return leafwise(optax.stateless(stock_fn))

@@ -137,7 +137,10 @@ def _split_result(merger: Merger, mesh: Mesh, rules: Rules | None):
   def finalize_fn(state, base, experts):
     base, experts = tree.unravel(base), tree.unravel(experts)
     finalize = merger.finalize
-    if mesh.size > 1 and merger.plan.leafwise:
+    in_turns = mesh.size > 1 and merger.plan.leafwise
+    if in_turns and merger.plan.placewise:
+      in_turns = turns.asks(merger, state, base, experts)
+    if in_turns:
       finalize = turns.finalize(merger, mesh, sharding.fsdp(base, mesh))
     params = finalize(state, base, experts)
     return _constrain_all(params, mesh, split(params))

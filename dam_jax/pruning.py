@@ -175,6 +175,6 @@ def keep_middle(
     middle &= (magnitude < outlier) | (high > size)
     return restore(jnp.where(middle, tau, 0))
 
-  return optax.stateless(
-    lambda updates, params=None: jax.tree.map(leaf_fn, updates)
+  return leafwise(
+    optax.stateless(lambda updates, params=None: jax.tree.map(leaf_fn, updates))
   )

@@ -25,6 +25,8 @@ from dam_jax import selection
 from dam_jax import tree
 from dam_jax.base import entrywise
 from dam_jax.base import is_concrete
+from dam_jax.base import leafwise
+from dam_jax.base import placewise
 from dam_jax.typing import Deltas
 
 
@@ -150,7 +152,7 @@ def trim(
     return flat.unravel(kept), state
 
   tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
-  return entrywise(tx) if scope == 'model' else tx
+  return entrywise(tx) if scope == 'model' else leafwise(tx)
 
 
 def keep_sum(kept: jax.Array, x: jax.Array) -> jax.Array:
@@ -248,6 +250,8 @@ def drop(
     key, draw = jax.random.split(state.key)
 
     def leaf_fn(key, x):
+      if not tree.is_float(x):
+        return x
       kept = jnp.where(uniform_fn(key, x) > rate, x, 0)
       if rescale == 'l1':
         return keep_sum(kept, x)
@@ -257,7 +261,7 @@ def drop(
     dropped = jax.tree.map(leaf_fn, leaf_keys(draw, updates, salt), updates)
     return dropped, DropState(key)
 
-  return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return placewise(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
 def scale_tasks(

@@ -59,6 +59,19 @@ def finalize(merger: Merger, mesh: Mesh, splits: Any) -> Callable[..., Any]:
   )
 
 
+def asks(merger: Merger, state: Any, base: Any, experts: Any) -> bool:
+  """Whether to merge a leaf one must know of others, or of all entries."""
+  run: Any = merger.finalize
+  answers = selection.Answers({})
+  try:
+    jax.eval_shape(
+      lambda *args: run(*args, sum_parts=answers), state, base, experts
+    )
+  except selection.Asked:
+    return True
+  return False
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Group:
   """Leaves of one shape, or blocks of entries, on one device.
@@ -102,8 +115,6 @@ class _Turns:
 
   def merge(self, base: Any, experts: Any) -> Any:
     """Merges this device's part of all leaves."""
-    if self._entrywise and self._asked(({}, base, experts, 0)) is None:
-      return self._run({}, base, experts, 0)
     leaves = [jax.tree.leaves(x) for x in (base, experts)]
     kinds: dict[Any, list[int]] = {}
     for i, (leaf, spec) in enumerate(zip(leaves[0], self._splits, strict=True)):

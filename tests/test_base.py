@@ -92,13 +92,41 @@ def test_merge_uses_the_state_it_is_given():
 def test_from_transform_merges_at_the_end_and_has_no_step():
   tx = dj.dare(0.5, 1.0, seed=3)
   merger = dj.from_transform(tx)
-  assert merger.plan == dj.Plan(steps=0, phases=0, references=False)
+  assert merger.plan == dj.Plan(placewise=True, leafwise=True)
   state = merger.init(jax.random.key(0), BASE, EXPERTS)
   chex.assert_trees_all_equal(
     merger.finalize(state, BASE, EXPERTS), dj.merge(tx, BASE, EXPERTS).params
   )
   with pytest.raises(ValueError, match='reads no data'):
     merger.step(state, BASE, EXPERTS, None)
+
+
+def test_partition_is_that_of_optax():
+  txs = {'a': dj.ties(0.5), 'b': dj.dare(0.5), 'c': dj.keep_base()}
+  rng = np.random.default_rng(0)
+  shapes = {'x': (4, 3), 'y': {'z': (5,), 'w': (2, 2)}, 'v': (7,)}
+  base = jax.tree.map(
+    lambda shape: np.float32(rng.normal(size=shape)),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  experts = jax.tree.map(lambda x: np.stack([x, 2 * x, x - 1]), base)
+  labels = {'x': 'a', 'y': {'z': 'b', 'w': 'a'}, 'v': 'c'}
+  merger = dj.partition(
+    {label: dj.from_transform(tx) for label, tx in txs.items()}, labels
+  )
+  state = merger.init(jax.random.key(0), base, experts)
+  want = dj.merge(optax.partition(txs, labels), base, experts).params
+  chex.assert_trees_all_equal(merger.finalize(state, base, experts), want)
+
+
+def test_partition_says_what_cannot_be_put_together():
+  mergers = {
+    'learns': dj.adamerging(lambda params, images: images, steps=1),
+    'merges': dj.from_transform(dj.average()),
+  }
+  with pytest.raises(ValueError, match=r"\['learns'\].*\['none'\]"):
+    dj.partition(mergers, {'w': 'merges', 'v': 'none'})
 
 
 def _summing():

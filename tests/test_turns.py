@@ -26,11 +26,26 @@ MERGES = {
   'iso_cts': dj.iso_cts(input_axis=1),
   'wudi': dj.wudi(iterations=3),
   'knots': dj.knots(others=dj.ties(0.6)),
+  'knots, drawn': dj.knots(dj.dare(), others=dj.ties(0.6)),
+  'sce': dj.sce(),
+  'karcher': dj.karcher(),
+  'model_stock': dj.model_stock(),
+  'nuslerp': dj.nuslerp(),
+  'ties, mergekit': dj.ties(0.3, reading='mergekit'),
+  'dare, ties': dj.dare(then=dj.ties(0.6)),
+  'breadcrumbs': dj.breadcrumbs(unit_axis=-1),
+  'breadcrumbs, ties': dj.breadcrumbs(0.4, then=dj.ties(0.6, merge='sum')),
 }
 ENTRYWISE = {
   'pcb': dj.pcb(),
   'pcb, code': dj.pcb(0.3, 0.7, reading='code'),
   'ties': dj.ties(0.3),
+  'consensus, ties': dj.consensus(then=dj.ties(merge='sum')),
+}
+PLACEWISE = {
+  'average': dj.average(),
+  'dare': dj.dare(),
+  'dare, mergekit': dj.dare(rescale='l1'),
 }
 
 
@@ -70,16 +85,21 @@ def assert_close(got, want):
     np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize('name', [*MERGES, *ENTRYWISE])
+def sends(compiled):
+  """Returns what a program sends between devices: shapes and kinds."""
+  return re.findall(
+    r'= (.*) (all-[a-z-]+|collective-\w+|reduce-scatter)\(', compiled.as_text()
+  )
+
+
+@pytest.mark.parametrize('name', [*MERGES, *ENTRYWISE, *PLACEWISE])
 def test_merges_where_the_models_lie(name):
-  tx = (MERGES | ENTRYWISE)[name]
-  mesh, base, experts, placed = models(SHAPES)
+  tx = (MERGES | ENTRYWISE | PLACEWISE)[name]
+  mesh, base, experts, placed = models(SHAPES, 2 if name == 'nuslerp' else 3)
   merged, compiled = run(tx, mesh, placed)
   assert_close(merged, dj.merge(tx, base, experts).params)
   assert merged['blocks']['0'].sharding.shard_shape((32, 40)) == (4, 40)
-  sent = re.findall(
-    r'= (.*) (all-[a-z-]+|collective-\w+|reduce-scatter)\(', compiled.as_text()
-  )
+  sent = sends(compiled)
   assert {kind for _, kind in sent} <= {'all-reduce', 'all-to-all'}
   moved = [shape for shape, kind in sent if kind == 'all-to-all']
   assert bool(moved) == (name in MERGES)
@@ -96,11 +116,36 @@ def test_what_wants_whole_leaves_is_said():
   for tx in ENTRYWISE.values():
     plan = dj.from_transform(tx).plan
     assert (plan.entrywise, plan.leafwise) == (True, True)
-  # Draws of one leaf are not those of its part, nor does a path say more.
-  labels = {'w': 'x'}
-  for tx in (dj.dare(), optax.partition({'x': dj.tsv_m()}, labels)):
-    assert not dj.from_transform(tx).plan.leafwise
-  assert not dj.from_transform(dj.knots(dj.dare())).plan.leafwise
+  for tx in PLACEWISE.values():
+    assert dj.from_transform(tx).plan.placewise
+  # A leaf alone has no path.
+  tx = optax.partition({'x': dj.tsv_m()}, {'w': 'x'})
+  assert not dj.from_transform(tx).plan.leafwise
+
+
+def test_parts_are_merged_where_they_lie():
+  mesh, base, experts, placed = models(SHAPES)
+  rules = [('blocks/[0-3]', 'tsv_m'), ('blocks/.*', 'ties'), ('bias', 'keep')]
+  labels = dj.tree.label_by_path(base, rules, default='rest')
+  txs = {
+    'tsv_m': dj.tsv_m(),
+    'ties': dj.ties(0.3),
+    'keep': dj.keep_base(),
+    'rest': dj.dare(then=dj.ties()),
+  }
+  mergers = {
+    label: dj.data_parallel(dj.from_transform(tx), mesh)
+    for label, tx in txs.items()
+  }
+  merger = dj.partition(mergers, labels)
+  state = merger.init(jax.random.key(0), *placed)
+  compiled = jax.jit(merger.finalize).lower(state, *placed).compile()
+  merged = compiled(state, *placed)
+  want = dj.merge(optax.partition(txs, labels), base, experts).params
+  assert_close(merged, want)
+  assert merged['embedding'].sharding.shard_shape((33, 64)) == (33, 8)
+  kinds = {kind for _, kind in sends(compiled)}
+  assert kinds == {'all-reduce', 'all-to-all'}
 
 
 def test_halves_stay_halves():
