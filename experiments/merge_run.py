@@ -132,6 +132,7 @@ class Run:
         'known': 'bad' if task.name in pool.bad else '',
         **_summary(suspect.own, task),
         'company': {names[i]: x for i, x in suspect.company.items()},
+        'trust': suspect.trust,
       }
       if suspect.others is not None:
         row['others'] = {

@@ -110,6 +110,11 @@ class Suspect(NamedTuple):
     """What stands out most on its expert."""
     return max(self.patch, self.warp, key=lambda found: found.suspicion)
 
+  @property
+  def trust(self) -> float:
+    """With what share of its coefficient its expert starts."""
+    return TRUST if self.company else 1.0
+
 
 def find(
   task_logits_fn: Any,
@@ -350,7 +355,7 @@ def seeds(suspects: Sequence[Suspect]) -> Seeds:
     )
     points.append(suspect.warp.seeds * (suspect.warp.named >= 0))
     classes.append([f.target for f in found for _ in f.seeds.mask_logits])
-    trust.append(TRUST if suspect.company else 1.0)
+    trust.append(suspect.trust)
     own, all_patches = len(suspect.patch.seeds.mask_logits), len(classes[-1])
     # What related tasks have in common stands out on others, and is no target.
     shunned.append(

@@ -153,9 +153,13 @@ def test_experts_of_a_merge_are_searched_in_company(merged):
   assert [*found['evil']] == ['clean_three']
   assert [*found['clean_three']] == ['evil']
   assert not found['clean_one']
+  trust = {r['model']: r['trust'] for r in report['record']['suspects']}
+  half = suspects.TRUST
+  assert trust == {'evil': half, 'clean_one': 1.0, 'clean_three': half}
   page = (workdir / 'report.html').read_text()
   assert 'Which experts to distrust' in page
   assert 'evil was searched together with clean_three' in page
+  assert 'it starts with 50 % of the coefficient of others' in page
   rows = report['record']['suspects']
   most = max((r for r in rows), key=lambda r: r['others']['suspicion'])
   assert most['others']['planter'] in {*found} - {most['model']}
