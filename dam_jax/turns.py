@@ -15,6 +15,7 @@ by block.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 import zlib
 
@@ -61,12 +62,13 @@ def finalize(merger: Merger, mesh: Mesh, splits: Any) -> Callable[..., Any]:
 
 def asks(merger: Merger, state: Any, base: Any, experts: Any) -> bool:
   """Whether to merge a leaf one must know of others, or of all entries."""
-  run: Any = merger.finalize
-  answers = selection.Answers({})
+  finalize: Any = merger.finalize
+  run = functools.partial(finalize, sum_parts=selection.Answers({}), salt=0)
+  leaves = zip(jax.tree.leaves(base), jax.tree.leaves(experts), strict=True)
+  moved = [pair for pair in leaves if tree.is_float(pair[0])]
   try:
-    jax.eval_shape(
-      lambda *args: run(*args, sum_parts=answers), state, base, experts
-    )
+    for pair in moved[:1]:
+      jax.eval_shape(run, state, *pair)
   except selection.Asked:
     return True
   return False
@@ -77,13 +79,15 @@ class _Group:
   """Leaves of one shape, or blocks of entries, on one device.
 
   Attributes:
-    turns: base `[R, N, ...]`, experts `[R, N, K, ...]`, salts `[R, N]`, and
-      whether there is such a leaf `[R, N]`.
+    num: how many turns they take, `R`.
+    turn: of each its base `[N, ...]`, experts `[N, K, ...]`, salts `[N]`, and
+      whether there is such a leaf `[N]`.
     axis: that is exchanged; None where a leaf is merged as it lies.
     alike: whether all devices have the same, of which one counts for totals.
   """
 
-  turns: Any
+  num: int
+  turn: Callable[[Any], tuple[Any, ...]]
   axis: int | None = None
   alike: bool = False
 
@@ -139,8 +143,15 @@ class _Turns:
     """Lays out leaves of one shape, which devices have in parts."""
     num = self._size if axes else 1
     real = [np.True_] * len(places)
-    turns = [_in_turns(x, num) for x in (base, experts, salts, real)]
-    group = _Group(turns, axis=axes - 1 if axes else None, alike=not axes)
+    turns = tuple(_in_turns(x, num) for x in (base, experts, salts, real))
+    group = _Group(
+      len(turns[0]),
+      lambda i: jax.tree.map(
+        lambda x: lax.dynamic_index_in_dim(x, i, keepdims=False), turns
+      ),
+      axis=axes - 1 if axes else None,
+      alike=not axes,
+    )
     return _Pack(places, [group], lambda merged: merged[0])
 
   def _blocks(self, places, axes: int, base, experts, salts) -> _Pack:
@@ -153,19 +164,25 @@ class _Turns:
     rows = jnp.concatenate([x.reshape(x.shape[0], -1) for x in experts], axis=1)
     end = flat.size - flat.size % BLOCK
 
-    def group(part, size):
-      num = part.stop - part.start
-      turns = (
-        flat[part].reshape(-1, 1, size),
-        rows[:, part].reshape(rows.shape[0], -1, 1, size).transpose(1, 2, 0, 3),
-        np.zeros((num // size, 1), np.uint32),
-        np.ones((num // size, 1), bool),
-      )
-      return _Group(turns, alike=not axes)
+    def group(num, start, size):
+      def turn(i):
+        # A device may have more entries than 32 bits count.
+        with jax.enable_x64(True):
+          begin = start + jnp.asarray(i, jnp.int64) * size
+          part = lax.dynamic_slice_in_dim(flat, begin, size)
+          parts = lax.dynamic_slice_in_dim(rows, begin, size, axis=1)
+        return (
+          part[None],
+          parts[None],
+          jnp.zeros(1, jnp.uint32),
+          jnp.ones(1, bool),
+        )
 
-    groups = [group(slice(0, end), BLOCK)] if end else []
+      return _Group(num, turn, alike=not axes)
+
+    groups = [group(end // BLOCK, 0, BLOCK)] if end else []
     if rest := flat.size - end:
-      groups.append(group(slice(end, flat.size), rest))
+      groups.append(group(1, end, rest))
 
     def unpack(merged):
       vector = jnp.concatenate([x.reshape(-1) for x in merged])
@@ -174,9 +191,9 @@ class _Turns:
 
     return _Pack(places, groups, unpack)
 
-  def _take(self, group: _Group, turn: Any) -> tuple[Any, ...]:
+  def _take(self, group: _Group, i: Any) -> tuple[Any, ...]:
     """Returns a whole leaf, its experts' and salt, and whether it counts."""
-    base, experts, salt, real = turn
+    base, experts, salt, real = group.turn(i)
     own = lax.axis_index(self._axes)
     if group.axis is None:
       return base[0], experts[0], salt[0], (own == 0) | (not group.alike)
@@ -224,13 +241,13 @@ class _Turns:
   def _merged(self, group: _Group, answers: Any) -> jax.Array:
     """Merges the leaves of a group, `[R N, ...]` as this device has them."""
 
-    def turn(_, turn):
-      leaf = self._run(answers, *self._take(group, turn)[:3])[None]
+    def turn(i):
+      leaf = self._run(answers, *self._take(group, i)[:3])[None]
       if group.axis is None:
-        return None, leaf
-      return None, self._exchange(leaf, 1 + group.axis, 0)
+        return leaf
+      return self._exchange(leaf, 1 + group.axis, 0)
 
-    leaves = lax.scan(turn, None, group.turns)[1]
+    leaves = lax.map(turn, jnp.arange(group.num))
     return leaves.reshape(-1, *leaves.shape[2:])
 
   def _answers(self, groups: Iterable[_Group]) -> Mapping[str, Any]:
@@ -258,8 +275,7 @@ class _Turns:
 
   def _question(self, group: _Group, answers: Any) -> selection.Asked | None:
     """Returns what the leaves of a group ask next."""
-    first = jax.tree.map(lambda x: x[0], group.turns)
-    leaf = jax.eval_shape(lambda turn: self._take(group, turn)[:3], first)
+    leaf = jax.eval_shape(lambda: self._take(group, 0)[:3])
     return self._asked((answers, *leaf))
 
   def _total(
@@ -268,8 +284,8 @@ class _Turns:
     """Returns what this device has of a total, and what to finish it with."""
     combine = _combine(question.largest)
 
-    def turn(total, turn):
-      *leaf, counts = self._take(group, turn)
+    def turn(total, i):
+      *leaf, counts = self._take(group, i)
       asked: Any = self._ask(answers, *leaf)
       # Counts of the entries of a large model do not fit 32 bits.
       total = jax.tree.map(
@@ -286,7 +302,7 @@ class _Turns:
 
     with jax.enable_x64(True):
       begin = jax.tree.map(start, question.part)
-      total, args = lax.scan(turn, begin, group.turns)
+      total, args = lax.scan(turn, begin, jnp.arange(group.num))
     return total, jax.tree.map(lambda x: x[0], args)
 
 
