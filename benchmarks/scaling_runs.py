@@ -38,9 +38,11 @@ def _experts(base: Any, num: int) -> Any:
 
 
 def _norms(params: Any) -> list[float]:
+  # Biases of keys have no gradient, and Adam makes steps of its rounding.
   return [
     float(np.linalg.norm(np.asarray(x, np.float64)))
-    for x in jax.tree.leaves(dj.tree.unravel(params))
+    for path, x in dj.tree.flatten(dj.tree.unravel(params)).items()
+    if not path.endswith('k_proj/bias')
   ]
 
 
