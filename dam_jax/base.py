@@ -44,8 +44,8 @@ class Leafwise(optax.GradientTransformationExtraArgs):
 class Placewise(Leafwise):
   """A transformation that XLA splits over devices as it is.
 
-  What becomes of an entry it knows of that entry, its place in the leaf, and
-  counts or sums over the leaf: no other entry has to be where it is.
+  What becomes of an entry depends on that entry, its place in the leaf, and
+  counts or sums over the leaf: no device needs another one's entries.
   """
 
 
@@ -326,7 +326,9 @@ def partition(mergers: Mapping[Hashable, Merger], labels: Any) -> Merger:
       for label, merger in mergers.items()
     }
     return jax.tree.map(
-      lambda own, *parts: parts[[*merged].index(own)], labels, *merged.values()
+      lambda own, *parts: dict(zip(merged, parts, strict=True))[own],
+      labels,
+      *merged.values(),
     )
 
   return Merger(init_fn, _no_step, finalize_fn)
