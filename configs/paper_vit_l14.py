@@ -15,7 +15,7 @@ its speed for bfloat16, so 15 to 25 hours on one GPU of 80 GB;
 and `dam_robust` starts without it: on one GPU it does not fit.
 
 `--config=configs/paper_vit_l14.py:runlocal` is that of ViT-B/32 with towers of
-four layers, in bfloat16; it was not timed.
+four layers, in bfloat16, 4.6 minutes on two cores that had much else to do.
 """
 
 from ml_collections import config_dict
