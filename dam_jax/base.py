@@ -278,7 +278,7 @@ def partition(mergers: Mapping[Hashable, Merger], labels: Any) -> Merger:
   that `dam_jax.data_parallel` makes; each then merges where its leaves lie.
 
   Args:
-    mergers: by label, none of which has steps.
+    mergers: by label, none of which has steps; a label may have no leaf.
     labels: a pytree like the base, such as `dam_jax.tree.label_by_path` gives.
 
   Returns:
@@ -298,14 +298,15 @@ def partition(mergers: Mapping[Hashable, Merger], labels: Any) -> Merger:
     >>> merger.finalize(state, base, experts)
     {'head': Array([1.], dtype=float32), 'w': Array([3.], dtype=float32)}
   """
+  named = set(jax.tree.leaves(labels))
   learned = [label for label, merger in mergers.items() if merger.plan.steps]
-  unknown = sorted(
-    {str(x) for x in jax.tree.leaves(labels) if x not in mergers}
-  )
+  unknown = sorted(str(label) for label in named if label not in mergers)
   if learned or unknown:
     raise ValueError(
       f'mergers that learn: {learned}; labels without a merger: {unknown}'
     )
+
+  used = {label: merger for label, merger in mergers.items() if label in named}
 
   def part(model, label):
     return jax.tree.map(
@@ -315,7 +316,7 @@ def partition(mergers: Mapping[Hashable, Merger], labels: Any) -> Merger:
   def init_fn(key, base, experts):
     return {
       label: merger.init(key, part(base, label), part(experts, label))
-      for label, merger in mergers.items()
+      for label, merger in used.items()
     }
 
   def finalize_fn(state, base, experts):
@@ -323,7 +324,7 @@ def partition(mergers: Mapping[Hashable, Merger], labels: Any) -> Merger:
       label: merger.finalize(
         state[label], part(base, label), part(experts, label)
       )
-      for label, merger in mergers.items()
+      for label, merger in used.items()
     }
     return jax.tree.map(
       lambda own, *parts: dict(zip(merged, parts, strict=True))[own],

@@ -65,7 +65,7 @@ def asks(merger: Merger, state: Any, base: Any, experts: Any) -> bool:
   finalize: Any = merger.finalize
   run = functools.partial(finalize, sum_parts=selection.Answers({}), salt=0)
   leaves = zip(jax.tree.leaves(base), jax.tree.leaves(experts), strict=True)
-  moved = [pair for pair in leaves if tree.is_float(pair[0])]
+  moved = [pair for pair in leaves if tree.is_float(pair[0]) and pair[0].size]
   try:
     for pair in moved[:1]:
       jax.eval_shape(run, state, *pair)

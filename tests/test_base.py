@@ -103,6 +103,7 @@ def test_from_transform_merges_at_the_end_and_has_no_step():
 
 def test_partition_is_that_of_optax():
   txs = {'a': dj.ties(0.5), 'b': dj.dare(0.5), 'c': dj.keep_base()}
+  txs['of no leaf'] = dj.tsv_m()
   rng = np.random.default_rng(0)
   shapes = {'x': (4, 3), 'y': {'z': (5,), 'w': (2, 2)}, 'v': (7,)}
   base = jax.tree.map(
