@@ -12,6 +12,12 @@ import pytest
 
 import dam_jax as dj
 
+# Programs of tests run once, on little. Most of their time is compilation, and
+# LLVM is a sixth faster without its slow passes. Subprocesses inherit it.
+_FLAG = '--xla_llvm_disable_expensive_passes'
+if _FLAG not in (flags := os.environ.get('XLA_FLAGS', '')):
+  os.environ['XLA_FLAGS'] = f'{flags} {_FLAG}=true'.strip()
+
 ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get('DAM_JAX_SHARED', ROOT.parent / 'shared'))
 
