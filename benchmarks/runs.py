@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import json
 import os
 from pathlib import Path
+import signal
 import subprocess
 import tempfile
 import time
@@ -25,6 +26,7 @@ class Worker:
 
   Attributes:
     about: what it said of itself.
+    pid: of the process.
   """
 
   def __init__(
@@ -43,20 +45,35 @@ class Worker:
       stderr=self._errors,
       text=True,
     )
+    self.pid = self._process.pid
     self.about = self._answer()
 
   def _answer(self) -> Any:
     line = self._process.stdout.readline()
     if not line:
-      self._process.communicate()
-      self._errors.seek(0)
-      raise RuntimeError(f'a worker failed:\n{self._errors.read()[-4000:]}')
+      raise RuntimeError(self._end())
     return json.loads(line)
 
+  def _end(self) -> str:
+    """Says how a process ended that should not have."""
+    code = self._process.wait()
+    self._errors.seek(0)
+    found = self._errors.read()[-4000:]
+    if code == -signal.SIGKILL:
+      found += 'killed, as a system without memory does'
+    return f'a worker ended with {code}:\n{found}'
+
   def ask(self, *request: Any) -> Any:
-    """Sends a request and waits for its answer."""
-    self._process.stdin.write(json.dumps(request) + '\n')
-    self._process.stdin.flush()
+    """Sends a request and waits for its answer.
+
+    Raises:
+      RuntimeError: where the process ends instead, with what it wrote.
+    """
+    try:
+      self._process.stdin.write(json.dumps(request) + '\n')
+      self._process.stdin.flush()
+    except BrokenPipeError:
+      raise RuntimeError(self._end()) from None
     return self._answer()
 
   def load(self, options: Mapping[str, Any]) -> None:

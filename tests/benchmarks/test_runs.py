@@ -1,5 +1,7 @@
 """Workers, commands that take turns, and what is written of them."""
 
+import os
+import signal
 import sys
 
 import pytest
@@ -16,6 +18,15 @@ def test_a_worker_answers_and_says_what_failed():
     assert worker.ask('run')['seconds'] > 0
     with pytest.raises(RuntimeError, match="KeyError: 'nonsense'"):
       worker.ask('nonsense')
+
+
+def test_a_worker_that_is_killed_is_said_to_be():
+  with runs.Worker(
+    sys.executable, 'worker', {'size': 1000, 'threads': 1}
+  ) as worker:
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(RuntimeError, match='ended with -9(?s:.*)memory'):
+      worker.ask('run')
 
 
 def test_runs_take_turns_until_time_is_up():
