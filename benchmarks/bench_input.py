@@ -10,6 +10,8 @@ pages in the system's memory.
   png_32_host     ... resized to 224 by PIL, as CLIP does
   png_32_device   ... resized to 224 by JAX, on the device that there is
   jpeg_256_host   JPEG files of 256 x 256 pixels, resized to 224 by PIL
+  resident_224    images of 224 that lie on the device, gathered and normalised
+                  there: what each step of a merge or of fine-tuning reads
 
 Kinds take turns. CPU seconds are those of all threads of the process.
 """
@@ -27,6 +29,7 @@ from typing import Any
 from absl import app
 from absl import flags
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from rich.console import Console
@@ -37,10 +40,13 @@ from benchmarks import runs
 from dam_jax import checkpoint
 from dam_jax.data import batches
 from dam_jax.data import builders
+from dam_jax.data import pipeline
 from dam_jax.data import prepared
 from dam_jax.data import preprocess
+from dam_jax.models import clip
 
-KINDS = ('png_32', 'png_32_host', 'png_32_device', 'jpeg_256_host')
+RESIDENT = 'resident_224'
+KINDS = ('png_32', 'png_32_host', 'png_32_device', 'jpeg_256_host', RESIDENT)
 _CLIP = 224  # pixels
 
 _KINDS = flags.DEFINE_list('kinds', ','.join(KINDS), 'what to measure')
@@ -84,8 +90,8 @@ def make_set(folder: Path, name: str) -> prepared.Images:
 
 def reader(
   images: prepared.Images, kind: str, threads: int
-) -> Callable[[], dict[str, float]]:
-  """Returns what reads an epoch and measures it."""
+) -> Callable[[], None]:
+  """Returns what reads an epoch."""
   transform = None
   if kind.endswith('_host'):
     transform = functools.partial(preprocess.resize_crop, size=_CLIP)
@@ -99,24 +105,55 @@ def reader(
     threads=threads,
   )
 
-  def read() -> dict[str, float]:
-    begin, cpu = time.perf_counter(), time.process_time()
+  def read() -> None:
     for batch in stream:
       if kind.endswith('_device'):
         jax.block_until_ready(resize(batch, _CLIP))
+
+  return read
+
+
+def resident() -> Callable[[], None]:
+  """Returns what gathers an epoch from images on the device."""
+  num = _IMAGES.value
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (1, num, _CLIP, _CLIP, 3), np.uint8)
+  data = pipeline.Unlabelled(jnp.asarray(images))
+  indices = pipeline.epoch_indices(
+    0, [num], steps=num // _BATCH.value, phases=1, batch=_BATCH.value
+  )
+  gather = jax.jit(lambda *x: clip.normalize(pipeline.gather(*x).images))
+
+  def read() -> None:
+    for step in indices:
+      jax.block_until_ready(gather(data, step))
+
+  return read
+
+
+def timed(read: Callable[[], None]) -> Callable[[], dict[str, float]]:
+  """Returns what measures an epoch, once files and programs are there."""
+
+  def run() -> dict[str, float]:
+    begin, cpu = time.perf_counter(), time.process_time()
+    read()
     seconds = time.perf_counter() - begin
     return {'seconds': seconds, 'cpu': time.process_time() - cpu}
 
-  read()  # compiles, and brings the files into memory
-  return read
+  read()
+  return run
 
 
 def measure_all(folder: Path) -> Iterator[dict[str, Any]]:
   """Yields a row for each kind and number of threads."""
-  names = {k: '_'.join(k.split('_')[:2]) for k in _KINDS.value}
+  read = [k for k in _KINDS.value if k != RESIDENT]
+  names = {k: '_'.join(k.split('_')[:2]) for k in read}
   opened = {x: make_set(folder, x) for x in dict.fromkeys(names.values())}
-  cases = [(k, int(t)) for k in _KINDS.value for t in _THREADS.value]
-  readers = [reader(opened[names[k]], k, t) for k, t in cases]
+  cases = [(k, int(t)) for k in read for t in _THREADS.value]
+  readers = [timed(reader(opened[names[k]], k, t)) for k, t in cases]
+  if RESIDENT in _KINDS.value:
+    cases.append((RESIDENT, 0))
+    readers.append(timed(resident()))
   times = runs.alternate(readers, _REPEATS.value, _SECONDS.value)
   num = _IMAGES.value // _BATCH.value * _BATCH.value
   for (kind, threads), found in zip(cases, times, strict=True):

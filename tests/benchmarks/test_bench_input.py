@@ -25,7 +25,7 @@ def test_command_writes_rows(tmp_path):
     (kind, threads)
     for kind in ('png_32', 'png_32_host', 'png_32_device', 'jpeg_256_host')
     for threads in (0, 2)
-  ]
+  ] + [('resident_224', 0)]
   for row in rows:
     assert row['images'] == 8  # a whole number of batches
     assert row['per_second'] * row['seconds'] == pytest.approx(8)
