@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import threading
+import time
 from typing import Any, Self
 
 from absl import logging
@@ -31,15 +32,18 @@ from dam_jax.distributed import Hosts
 _DTYPES = (None, 'float32', 'bfloat16', 'float16')
 # Entries that are cast and written at a time.
 _BLOCK = 1 << 24
+# Between flushes: that of a small leaf takes far longer than its write.
+_FLUSH_SECONDS = 1.0
 
 
 class ModelWriter:
   """Writes a model leaf by leaf; it appears whole or not at all.
 
   Leaves go to a hidden folder beside the target and are flushed to the disk
-  one by one. An exception or a kill leaves no target, and the next run with
-  the same plan and leaves goes on from there. Where a folder is replaced, the
-  old one is set aside first, so that for an instant neither is there.
+  each second. An exception or a kill leaves no target, and the next run with
+  the same plan and leaves goes on from there; a kill loses those of the last
+  second. Where a folder is replaced, the old one is set aside first, so that
+  for an instant neither is there.
 
   Attributes:
     done: paths of the leaves that an interrupted run has written; they must
@@ -124,6 +128,8 @@ class ModelWriter:
     self._resumable = plan is not None
     self._lock = threading.Lock()
     self._taken: set[str] = set()  # by this process
+    self._unflushed: list[str] = []
+    self._flushed = 0.0
     self._overflow: list[str] = []
     self._files: dict[str, bytes] = {}
     self._stack = contextlib.ExitStack()
@@ -228,7 +234,7 @@ class ModelWriter:
       done = self._of_all(self._taken)
       shared = {p for p, s in self._alias.items() if s in done}
       self.done = frozenset(done | shared)
-      self._journal = journal
+      self._journal, self._flushed = journal, time.monotonic()
       self._stack = stack.pop_all()
     return self
 
@@ -294,7 +300,7 @@ class ModelWriter:
     os.fsync(journal)
 
   def put(self, path: str, array: Any) -> None:
-    """Writes a leaf and waits until it is on the disk.
+    """Writes a leaf, and flushes it to the disk within a second or at the end.
 
     Several threads may put leaves at the same time. A leaf that the dtype
     cannot hold is kept in mind, and an error at the end.
@@ -323,8 +329,24 @@ class ModelWriter:
       if not fits:
         self._overflow.append(path)
         return
-      line = json.dumps(path) + '\n'
-      self._append(self._open_journal(path), line.encode())
+      self._open_journal(path)
+      self._unflushed.append(path)
+      if time.monotonic() - self._flushed < _FLUSH_SECONDS:
+        return
+    self._flush_leaves()
+
+  def _flush_leaves(self) -> None:
+    """Brings leaves to the disk; only then the journal says that they are."""
+    with self._lock:
+      paths, self._unflushed = self._unflushed, []
+      self._flushed = time.monotonic()
+    if not paths:
+      return
+    places = {*paths, *(p for p, s in self._alias.items() if s in paths)}
+    for shard in {self._shard_of[p].name for p in places}:
+      _flush(self._content / shard)
+    lines = ''.join(json.dumps(path) + '\n' for path in paths)
+    self._append(self._open_journal(paths[0]), lines.encode())
 
   def _open_journal(self, path: str) -> int:
     if self._journal is None:
@@ -384,6 +406,7 @@ class ModelWriter:
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
     with self._stack:
       try:
+        self._flush_leaves()
         if kind is None:
           self._check_written()
           if self._first:
@@ -453,13 +476,12 @@ def _floating(dtype: Any) -> bool:
 
 
 def _write(path: pathlib.Path, offset: int, data: Any) -> None:
-  """Writes bytes at their place in a file and flushes them to the disk."""
+  """Writes bytes at their place in a file."""
   with path.open('r+b', buffering=0) as file:
     view = memoryview(data)
     while view:
       count = os.pwrite(file.fileno(), view, offset)
       view, offset = view[count:], offset + count
-    os.fsync(file.fileno())
 
 
 def _flush(path: pathlib.Path) -> None:

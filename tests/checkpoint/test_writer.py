@@ -344,12 +344,14 @@ def test_interrupted_run_goes_on(tmp_path):
 
 
 KILLED = """
-import os, signal, sys, numpy as np, jax
+import os, signal, sys, time, numpy as np, jax
 from dam_jax import checkpoint
 leaves = {n: jax.ShapeDtypeStruct((1000,), np.float32) for n in 'abcd'}
 writer = checkpoint.ModelWriter(sys.argv[1], leaves, plan=[1])
 with writer:
-  for i, name in enumerate('abc'):
+  for i, name in enumerate('abcd'):
+    if name == 'c':
+      time.sleep(1)  # then all of them are flushed
     writer.put(name, np.full(1000, i, np.float32))
   os.kill(os.getpid(), signal.SIGKILL)
 """
