@@ -428,7 +428,7 @@ def _knit_factors(
   """Returns what `_knit` does of the products `b_t a_t`, unformed."""
   wide = np.promote_types(b.dtype, np.float32)
   q, r = jnp.linalg.qr(matrices.side_by_side(b.astype(wide)))
-  p, t = jnp.linalg.qr(a.astype(wide).swapaxes(1, 2))
+  p, t = matrices.each_matrix(jnp.linalg.qr, a.astype(wide).swapaxes(1, 2))
   r = jnp.moveaxis(r.reshape(-1, b.shape[0], b.shape[2]), 1, 0)
   basis, v = _knit(r @ t.swapaxes(1, 2), None, scaled)
   return q @ basis, v @ p.swapaxes(1, 2)

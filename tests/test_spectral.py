@@ -3,6 +3,8 @@
 import functools
 import math
 import re
+import subprocess
+import sys
 
 import chex
 import hypothesis
@@ -489,3 +491,22 @@ def test_factors_that_do_not_fit_are_all_named():
     '  r: got [3, 8, 2] and []',
     '  s: got [] and [3, 8, 2]',
   ]
+
+
+MANY_LEAVES = """
+import jax
+import dam_jax as dj
+
+def draw(*shape):
+  keys = jax.random.split(jax.random.key(0), 40)
+  return {str(i): jax.random.normal(keys[i], shape) for i in range(40)}
+
+base, experts = draw(64, 64), draw(2, 64, 64)
+merge = jax.jit(lambda *models: dj.merge(dj.tsv_m(), *models).params)
+for _ in range(20):
+  jax.block_until_ready(merge(base, experts))
+"""
+
+
+def test_leaves_that_are_decomposed_at_the_same_time_end():
+  subprocess.run([sys.executable, '-c', MANY_LEAVES], check=True, timeout=120)
