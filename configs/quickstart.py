@@ -60,6 +60,7 @@ def get_config(*, runlocal: bool) -> config_dict.ConfigDict:
   c.batch = 16
   c.compute = 'float32'
   c.scan_layers = False
+  c.remat = False
   # Twenty steps of a tower this small take less time than compiling them well.
   c.compiler_options = {'xla_backend_optimization_level': 0}
   c.mesh = ''

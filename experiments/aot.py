@@ -155,7 +155,9 @@ def _step(config: clip.VisionConfig, method: str, mesh: Mesh, **options):
   tasks, batch, replicated = (
     options[name] for name in ('tasks', 'batch', 'replicated')
   )
-  tower = clip.VisionTower(config, dtype=jnp.bfloat16, scan_layers=True)
+  tower = clip.VisionTower(
+    config, dtype=jnp.bfloat16, scan_layers=True, remat=options['remat']
+  )
   pixels = _abstract(1, *config.image_shape)
   base = jax.eval_shape(tower.init, jax.random.key(0), pixels)['params']
   heads = clip.stack_heads(
@@ -246,6 +248,7 @@ def measure(
   batch: int = 16,
   model_axis: int = 1,
   replicated: bool = False,
+  remat: bool = False,
 ) -> dict[str, Any]:
   """Compiles a merge for a slice of TPUs.
 
@@ -258,6 +261,7 @@ def measure(
     batch: images a task and draw.
     model_axis: devices over which a forward pass splits heads and units.
     replicated: whether each device keeps all of the state.
+    remat: whether gradients compute a tower's blocks again.
 
   Returns:
     What was asked, and by device: 'arguments', 'temporaries' and 'memory' in
@@ -289,6 +293,7 @@ def measure(
       tasks=tasks,
       batch=batch,
       replicated=replicated,
+      remat=remat,
     )
   begin = time.perf_counter()
   try:
@@ -312,6 +317,7 @@ def measure(
     'batch': batch,
     'mesh': dict(mesh.shape),
     'replicated': replicated,
+    'remat': remat,
     'arguments': memory.argument_size_in_bytes,
     'temporaries': memory.temp_size_in_bytes,
     'memory': held + memory.temp_size_in_bytes,
@@ -378,4 +384,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('batch', 16, 'images a task and draw')
   flags.DEFINE_integer('model_axis', 1, "devices of axis 'model'")
   flags.DEFINE_bool('replicated', False, 'keep all on each device')
+  flags.DEFINE_bool('remat', False, 'compute blocks again in gradients')
   app.run(main)

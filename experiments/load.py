@@ -37,6 +37,7 @@ KEYS = {
   'batch': 'images a task and draw',
   'compute': "'float32' or 'bfloat16'; state and weights are float32",
   'scan_layers': 'loop over the blocks of the tower: compiles faster',
+  'remat': 'compute blocks again in gradients: less memory, a third more work',
   'compiler_options': 'of XLA, by name, for the steps of learned methods; left '
   'out where this XLA lacks one',
   'mesh': "sizes of the mesh that learned methods run on, as 'data=4,model=2', "
@@ -211,6 +212,7 @@ def load(config: config_dict.ConfigDict, folder: pathlib.Path) -> Setup:
     tower_config,
     dtype=jnp.bfloat16 if config.compute == 'bfloat16' else None,
     scan_layers=config.scan_layers,
+    remat=config.remat,
   )
   shape = tower_config.image_shape
   found = pool.tasks[0].dev.images.shape[1:]

@@ -36,8 +36,8 @@ def class_attention(tower: VisionTower) -> AttentionFn:
     `(params, pixels [N, H, W, C]) -> [layers, N, heads, patches]`, float32, the
     patches in reading order; with what it attends to itself, weights sum to 1.
   """
-  # Activations inside of a loop over blocks could not leave it.
-  tower = tower.clone(scan_layers=False)
+  # Activations could not leave a loop over blocks, or what is computed again.
+  tower = tower.clone(scan_layers=False, remat=False)
   heads = tower.config.num_attention_heads
 
   def attention_fn(params: Any, pixels: jax.Array) -> jax.Array:

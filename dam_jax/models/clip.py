@@ -177,6 +177,8 @@ class VisionTower(nn.Module):
     every_token: let the last block compute all tokens, for those who capture
       them. Features read the class token alone, and a block without the others
       does a sixth of its work.
+    remat: let gradients compute each block again from its input, for a third
+      more work: of a block nothing else stays in memory.
     attention: None computes it here, as a product, a softmax and a product;
       'xla' and 'cudnn' are those of `jax.nn.dot_product_attention`. cuDNN's
       flash attention needs an NVIDIA GPU and a `dtype` of half precision.
@@ -186,6 +188,7 @@ class VisionTower(nn.Module):
   dtype: Any = None
   scan_layers: bool = False
   every_token: bool = False
+  remat: bool = False
   attention: transformer.Implementation | None = None
 
   @nn.compact
@@ -209,15 +212,18 @@ class VisionTower(nn.Module):
     x = transformer.layer_norm(c, dtype, 'pre_layernorm')(x)
     shared = {'tokens': c.num_tokens, 'attention': self.attention}
     *most, last = (f'layers_{i}' for i in range(c.num_hidden_layers))
-    blocks = [transformer.Block(c, dtype, **shared, name=x) for x in most]
+    block_type = (
+      nn.remat(transformer.Block) if self.remat else transformer.Block
+    )
+    blocks = [block_type(c, dtype, **shared, name=x) for x in most]
     if self.scan_layers and not self.is_initializing() and blocks:
       x = transformer.scan(blocks, x)
     else:
       for block in blocks:
         x = block(x)
-    x = transformer.Block(
-      c, dtype, every_token=self.every_token, **shared, name=last
-    )(x)
+    x = block_type(c, dtype, every_token=self.every_token, **shared, name=last)(
+      x
+    )
     x = transformer.first_tokens(x, c.num_tokens) if self.every_token else x
     x = transformer.layer_norm(c, dtype, 'post_layernorm')(x)
     x = nn.Dense(

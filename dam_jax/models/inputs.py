@@ -38,8 +38,8 @@ def dense_inputs(tower: VisionTower) -> InputsFn:
     the kernel `[in, out]`: of the attention's four projections and both layers
     of the MLP in each block, and of the last projection.
   """
-  # Activations inside of a loop over blocks could not leave it.
-  tower = tower.clone(every_token=True, scan_layers=False)
+  # Activations could not leave a loop over blocks, or what is computed again.
+  tower = tower.clone(every_token=True, scan_layers=False, remat=False)
 
   def inputs_fn(params: Any, task: Any, images: jax.Array):
     del task

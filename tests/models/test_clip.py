@@ -93,23 +93,32 @@ def test_tower_is_a_plain_transformer(params, pixels):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_scanned_layers_give_what_unrolled_give(params, pixels):
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'scan_layers': True},
+    {'remat': True},
+    {'scan_layers': True, 'remat': True},
+  ],
+  ids=str,
+)
+def test_blocks_give_the_same_however_they_are_run(params, pixels, options):
   def loss(params, **options):
     return jnp.sum(features(params, pixels, **options)[0] ** 2)
 
   want, want_grad = jax.jit(jax.value_and_grad(loss))(params)
-  scanned_loss = functools.partial(loss, scan_layers=True)
-  got, grad = jax.jit(jax.value_and_grad(scanned_loss))(params)
+  other_loss = functools.partial(loss, **options)
+  got, grad = jax.jit(jax.value_and_grad(other_loss))(params)
   assert got == pytest.approx(float(want), rel=1e-5)
   jax.tree.map(
     lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-3, atol=1e-4),
     grad,
     want_grad,
   )
-  scanned = jax.eval_shape(
-    clip.VisionTower(CONFIG, scan_layers=True).init, jax.random.key(0), pixels
+  made = jax.eval_shape(
+    clip.VisionTower(CONFIG, **options).init, jax.random.key(0), pixels
   )
-  assert jax.tree.map(jnp.shape, scanned['params']) == jax.tree.map(
+  assert jax.tree.map(jnp.shape, made['params']) == jax.tree.map(
     jnp.shape, params
   )
 
