@@ -202,7 +202,7 @@ def main(argv):
     'scan': _SCAN.value,
   }
   common = {**shared, 'model': _MODEL.value, 'num': _EXPERTS.value}
-  large = {'model': _LARGE.value, 'num': _LARGE_EXPERTS.value}
+  large = {'model': _LARGE.value, 'num': _LARGE_EXPERTS.value, 'remat': True}
   console = Console(width=None if sys.stdout.isatty() else 120)
   begin, rows, found = time.monotonic(), [], []
   cases = list_cases(common, large, _METHODS.value)

@@ -165,11 +165,14 @@ def make_learner(
   batch: int,
   compute: str,
   scan: bool = False,
+  remat: bool = False,
 ) -> Learner:
   """Makes a method on a problem; see `load` for the arguments."""
   [name] = methods.parse(method, num)
   config = clip.VisionConfig(**problem.SIZES[model])
-  tower = clip.VisionTower(config, dtype=jnp.dtype(compute), scan_layers=scan)
+  tower = clip.VisionTower(
+    config, dtype=jnp.dtype(compute), scan_layers=scan, remat=remat
+  )
   heads = clip.stack_heads(list(problem.heads(model, num)))
 
   def features_fn(params, pixels):
@@ -203,6 +206,7 @@ def load(
   compute: str,
   threads: int,
   scan: bool = False,
+  remat: bool = False,
 ) -> Job:
   """Makes a problem and compiles a step.
 
@@ -214,12 +218,13 @@ def load(
     compute: dtype of the forward and backward passes; all else is float32.
     threads: that the process was given.
     scan: compile one block of the tower and loop over it.
+    remat: let gradients compute the blocks again.
 
   Returns:
     The step.
   """
   command.spare_gpus()
-  learner = make_learner(model, method, num, batch, compute, scan)
+  learner = make_learner(model, method, num, batch, compute, scan, remat)
   spec, models = learner.spec, raveled(model, num)
   draw = functools.partial(
     _batch, model, learner.merger.plan, num, learner.batch

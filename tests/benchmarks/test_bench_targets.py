@@ -6,7 +6,7 @@ from benchmarks import bench_targets as targets
 from benchmarks import steps_ours
 
 COMMON = {'model': 'nano', 'num': 3, 'batch': 2, 'threads': 1, 'scan': True}
-LARGE = {'model': 'pool', 'num': 8}
+LARGE = {'model': 'pool', 'num': 8, 'remat': True}
 
 
 def test_every_row_is_run_once_and_the_first_one_first():
