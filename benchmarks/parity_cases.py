@@ -434,6 +434,7 @@ def _spectral():
       'iso_cts',
       fusion_bench('iso_cts', common_space_fraction=share, **options),
       ours(dj.iso_cts, 0.8, share, input_axis=1),
+      tolerance=1e-5,  # three decompositions in a row, 1 to 3e-6 by machine
     )
   yield Case(
     'wudi',
