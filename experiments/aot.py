@@ -239,6 +239,18 @@ def _size(dtype: str) -> int:
   return 1 if dtype == 'pred' else max(1, int(re.sub(r'\D', '', dtype)) // 8)
 
 
+def _compile(lowered: Any, topology: str) -> tuple[Any, float]:
+  """Returns a program, and the seconds that compiling it took."""
+  begin = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as e:
+    if 'RESOURCE_EXHAUSTED' not in str(e):
+      raise
+    raise ValueError(f'too much for {topology}: {e}') from e
+  return compiled, time.perf_counter() - begin
+
+
 def measure(
   topology: str,
   model: str,
@@ -278,6 +290,8 @@ def measure(
   known = methods.DATA_FREE if model == '7B' else methods.LEARNED
   if method not in known:
     lines.append(f'no method {method!r} for {model}: {", ".join(known)}')
+  if model == '7B' and (replicated or remat):
+    lines.append('replicated and remat are for learned merges, 7B has none')
   if importlib.util.find_spec('libtpu') is None:
     lines.append("no compiler for TPUs: pip install -e '.[aot]'")
   if lines:
@@ -295,14 +309,7 @@ def measure(
       replicated=replicated,
       remat=remat,
     )
-  begin = time.perf_counter()
-  try:
-    compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as e:
-    if 'RESOURCE_EXHAUSTED' not in str(e):
-      raise
-    raise ValueError(f'too much for {topology}: {e}') from e
-  seconds = time.perf_counter() - begin
+  compiled, seconds = _compile(lowered, topology)
   memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
   # One device sends nothing, and jaxlib 0.10.2 cannot read a v5p's program.
   sent = collectives(compiled.as_text()) if mesh.size > 1 else {}

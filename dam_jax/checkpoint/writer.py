@@ -40,10 +40,10 @@ class ModelWriter:
   """Writes a model leaf by leaf; it appears whole or not at all.
 
   Leaves go to a hidden folder beside the target and are flushed to the disk
-  each second. An exception or a kill leaves no target, and the next run with
-  the same plan and leaves goes on from there; a kill loses those of the last
-  second. Where a folder is replaced, the old one is set aside first, so that
-  for an instant neither is there.
+  once a second. An exception or a kill leaves no target, and the next run with
+  the same plan and leaves goes on from there; a kill loses the leaves of a
+  second at most. Where a folder is replaced, the old one is set aside first, so
+  that for an instant neither is there.
 
   Attributes:
     done: paths of the leaves that an interrupted run has written; they must
@@ -300,7 +300,7 @@ class ModelWriter:
     os.fsync(journal)
 
   def put(self, path: str, array: Any) -> None:
-    """Writes a leaf, and flushes it to the disk within a second or at the end.
+    """Writes a leaf; once a second, and at the end, what was put is flushed.
 
     Several threads may put leaves at the same time. A leaf that the dtype
     cannot hold is kept in mind, and an error at the end.

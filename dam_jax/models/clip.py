@@ -221,9 +221,8 @@ class VisionTower(nn.Module):
     else:
       for block in blocks:
         x = block(x)
-    x = block_type(c, dtype, every_token=self.every_token, **shared, name=last)(
-      x
-    )
+    shared['every_token'] = self.every_token
+    x = block_type(c, dtype, **shared, name=last)(x)
     x = transformer.first_tokens(x, c.num_tokens) if self.every_token else x
     x = transformer.layer_norm(c, dtype, 'post_layernorm')(x)
     x = nn.Dense(

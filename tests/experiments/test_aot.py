@@ -55,6 +55,8 @@ def test_all_that_is_unknown_is_said_at_once():
   assert "no method 'magic'" in str(e.value)
   with pytest.raises(ValueError, match="'dam_paper' for 7B: "):
     aot.measure('v5e:2x2', '7B', method='dam_paper')
+  with pytest.raises(ValueError, match='remat are for learned merges'):
+    aot.measure('v5e:2x2', '7B', method='ties', remat=True)
 
 
 @pytest.fixture
