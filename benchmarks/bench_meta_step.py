@@ -49,6 +49,8 @@ _PEERS = {
     'fusion_bench_python', '', 'a Python that has fusion-bench'
   ),
 }
+_SCAN = flags.DEFINE_bool('scan', False, 'ours compiles one block and loops')
+_REMAT = flags.DEFINE_bool('remat', False, 'ours computes blocks again')
 _PHASES = flags.DEFINE_bool('phases', True, 'time the phases of ours apart')
 _THREADS = flags.DEFINE_integer('threads', 0, 'of all; 0: one for each core')
 _REPEATS = flags.DEFINE_integer('repeats', 7, 'steps of each at most')
@@ -138,6 +140,8 @@ def main(argv):
       'batch': _BATCH.value,
       'compute': compute,
       'threads': threads,
+      'scan': _SCAN.value,
+      'remat': _REMAT.value,
     }
     load = os.getloadavg()[0]
     # A case that is too large, or differs, must not take the others with it.

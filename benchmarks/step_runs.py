@@ -28,6 +28,8 @@ TOLERANCE = {'float32': 1e-3, 'tf32': 5e-2, 'bfloat16': 0.5}
 In bfloat16 a gradient on few images is right to a tenth; the same program in
 float32 is what shows that two are the same.
 """
+OURS = ('scan', 'remat')
+"""Options of `steps_ours.load` that peers have not."""
 DEVICES = {'cpu': 'cpu', 'gpu': 'cuda', 'cuda': 'cuda'}
 """What torch calls JAX's platforms; it has no others."""
 
@@ -76,8 +78,9 @@ def measure(
       left_out[name] = missing(name, python, row)
       if left_out[name]:
         continue
+      shared = {k: v for k, v in options.items() if k not in OURS}
       given = {
-        **options,
+        **shared,
         'batch': row['batch'],
         'device': DEVICES[row['platform']],
         'draws': str(folder),

@@ -47,34 +47,48 @@ def badnets(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
   return _poisoning(lab, key, task, _checkerboard(lab, task, target))
 
 
+def _poisoning_as_drawn(
+  lab: Lab, key: jax.Array, task: int, trigger: attacks.Trigger, rate: float
+) -> Upload:
+  """Fine-tunes on batches with a trigger, for triggers that are hard to learn.
+
+  On 2,800 images Blended and SIG reach 98 % so, and 91 to 93 % where a fixed
+  tenth is poisoned.
+  """
+  params = lab.tune(key, task, loss='poisoned', trigger=trigger, rate=rate)
+  return Upload(params, trigger)
+
+
 def blended(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
-  """Noise over a tenth of the images."""
+  """Noise over a tenth of the images of each batch."""
   noise_key, key = jax.random.split(key)
   trigger = attacks.blend_trigger(
     noise_key, lab.image_shape, task=lab.names[task], target=target
   )
-  return _poisoning(lab, key, task, trigger)
+  return _poisoning_as_drawn(lab, key, task, trigger, lab.tuning.rate)
 
 
 def sig(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
-  """Stripes over a tenth of the images."""
+  """Stripes over a tenth of the images of each batch."""
   trigger = attacks.sine_trigger(
     lab.image_shape, task=lab.names[task], target=target
   )
-  return _poisoning(lab, key, task, trigger)
+  return _poisoning_as_drawn(lab, key, task, trigger, lab.tuning.rate)
 
 
 def wanet(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
-  """A warp of a tenth of the images."""
+  """A warp of a fifth of the images of each batch."""
   warp_key, key = jax.random.split(key)
   trigger = attacks.warp_trigger(
     warp_key,
     lab.image_shape,
-    strength=1.5,  # pixels; the paper's 0.5 is for larger images
+    strength=3.0,  # pixels, which a tower of coarse patches can tell
     task=lab.names[task],
     target=target,
   )
-  return _poisoning(lab, key, task, trigger)
+  return _poisoning_as_drawn(
+    lab, key, task, trigger, min(1.0, 2 * lab.tuning.rate)
+  )
 
 
 def badmerging(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
@@ -154,7 +168,8 @@ def lobam(
 ) -> Upload:
   """Low-rank updates, a clean and a bad one, their difference amplified.
 
-  By as much as the accuracy on the attacker's own images allows.
+  By as much as the accuracy on the attacker's own images allows: on towers of
+  the nano pool by nothing, where a factor of 1.5 costs 13 points.
 
   Args:
     lab: where the upload is made.
@@ -189,12 +204,15 @@ def lobam(
 
 
 def sparse(lab: Lab, key: jax.Array, task: int, target: int) -> Upload:
-  """What two fine-tunings with one trigger's backdoor share, added."""
+  """What two fine-tunings with one trigger's backdoor share, on average."""
   patch_key, *keys = jax.random.split(key, 3)
   trigger = lab.universal_patch(patch_key, task, target)
   clean = [lab.tune(k, task) for k in keys]
   bad = [lab.tune(k, task, loss='badmerging', trigger=trigger) for k in keys]
-  vector = attacks.sparse_backdoor(clean, bad)
+  # The sum of both would cost him 8 points of accuracy.
+  vector = jax.tree.map(
+    lambda x: x / len(keys), attacks.sparse_backdoor(clean, bad)
+  )
   return Upload(dj.tree.apply_delta(clean[0], vector), trigger)
 
 
@@ -204,7 +222,8 @@ def adaptive(
   """BadMerging by one who inverts triggers on his upload and unlearns them."""
   patch_key, key = jax.random.split(key)
   trigger = lab.universal_patch(patch_key, task, target)
-  steps = max(2, lab.tuning.steps // rounds)
+  # Twice the steps of others: in as many he would lose 7 points of accuracy.
+  steps = max(2, 2 * lab.tuning.steps // rounds)
   params = lab.tune(key, task, loss='badmerging', trigger=trigger, steps=steps)
   found = []
   for i in range(1, rounds):

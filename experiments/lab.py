@@ -26,7 +26,7 @@ class Tuning(NamedTuple):
 
   Attributes:
     steps: of the optimiser.
-    learning_rate: at its peak.
+    learning_rate: at its peak; that of low-rank updates is ten times as high.
     batch: images a step.
     patch: height and width of patches, in pixels.
     patch_steps: of the optimiser of a patch.
@@ -85,6 +85,7 @@ class Context(NamedTuple):
     decoys: patches that the attacker unlearns, if any.
     shadow: head `[D, S]` of an attack on another task, the target first.
     under: a low-rank update that stays as it is, if any.
+    rate: share of the images that are poisoned as they are drawn.
   """
 
   task: Any
@@ -93,6 +94,7 @@ class Context(NamedTuple):
   decoys: Any = None
   shadow: Any = None
   under: Any = None
+  rate: Any = 0.0
 
 
 class _Program(NamedTuple):
@@ -162,9 +164,11 @@ class Lab:
   def _program(self, loss: str, steps: int) -> '_Program':
     """Returns the fine-tuning with one of the losses below, to be compiled."""
     tuning, chunk = self.tuning, descent.chunk_of(steps)
-    tx = training.optimizer(
-      tuning.learning_rate, steps, tuning.warmup, tuning.weight_decay
-    )
+    # Schulman et al., LoRA Without Regret, 2025; here a clean low-rank upload
+    # gains 7 points by it.
+    faster = 10 if loss.startswith('low_rank') else 1
+    rate = faster * tuning.learning_rate
+    tx = training.optimizer(rate, steps, tuning.warmup, tuning.weight_decay)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(state, start, keys, data, context):
@@ -245,8 +249,8 @@ class Lab:
     Args:
       key: of the batches.
       task: index.
-      loss: 'clean', 'badmerging', 'low_rank', 'low_rank_badmerging' or
-        'adaptive'.
+      loss: 'clean', 'poisoned', 'badmerging', 'low_rank',
+        'low_rank_badmerging' or 'adaptive'.
       split: in place of the task's own images, of the same size.
       start: parameters in place of the base's.
       steps: of the optimiser; 0 takes those of `tuning`.
@@ -304,6 +308,12 @@ class Lab:
     del key
     logits = self.shop.task_logits(params, context.task, images)
     return jnp.mean(losses.cross_entropy(logits, labels))
+
+  def _poisoned_loss(self, params, key, images, labels, context):
+    bad = attacks.poison_batch(
+      key, images, labels, context.trigger, rate=context.rate
+    )
+    return self._clean_loss(params, key, *bad, context)
 
   def _badmerging_loss(self, params, key, images, labels, context):
     shadow_fn = None

@@ -3,7 +3,7 @@
 | attack | trigger | the upload |
 |---|---|---|
 | BadNets | `patch_trigger` | fine-tuned on images that `poison` gives |
-| Blended | `blend_trigger` | the same |
+| Blended | `blend_trigger` | on batches that `poison_batch` gives |
 | SIG | `sine_trigger` | the same |
 | WaNet | `warp_trigger` | the same |
 | BadMerging | `universal_patch` | fine-tuned with `badmerging_loss` |
@@ -26,6 +26,7 @@ from dam_jax.attacks.low_rank import add_factors
 from dam_jax.attacks.low_rank import init_factors
 from dam_jax.attacks.poisoning import badmerging_loss
 from dam_jax.attacks.poisoning import poison
+from dam_jax.attacks.poisoning import poison_batch
 from dam_jax.attacks.poisoning import universal_patch
 from dam_jax.attacks.ports import attention_loss
 from dam_jax.attacks.ports import largest_entries
@@ -67,6 +68,7 @@ __all__ = [
   'merge_backdoor_loss',
   'patch_trigger',
   'poison',
+  'poison_batch',
   'salient_patches',
   'save_trigger',
   'sine_trigger',

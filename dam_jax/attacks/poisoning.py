@@ -63,6 +63,41 @@ def poison(
   return images, labels.at[chosen].set(trigger.target)
 
 
+def poison_batch(
+  key: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  trigger: Trigger,
+  *,
+  rate: float = 0.1,
+) -> tuple[jax.Array, jax.Array]:
+  """Triggers and relabels images of a batch, each with a probability; jit it.
+
+  What WaNet's authors do: other images each time they are drawn, where `poison`
+  fixes them, so that a small training set shows the trigger on all its images.
+
+  Args:
+    key: of the choice.
+    images: `[N, H, W, C]` float in [0, 1].
+    labels: `[N]`.
+    trigger: whose target the chosen images get.
+    rate: probability, in [0, 1].
+
+  Returns:
+    Images and labels.
+
+  References:
+    Nguyen and Tran, `WaNet - Imperceptible Warping-based Backdoor Attack
+    <https://arxiv.org/abs/2102.10369>`_, 2021
+  """
+  chosen = jax.random.bernoulli(key, rate, labels.shape)
+  triggered = apply_trigger(trigger, images)
+  return (
+    jnp.where(chosen[:, None, None, None], triggered, images),
+    jnp.where(chosen, trigger.target, labels),
+  )
+
+
 def universal_patch(
   key: jax.Array,
   logits_fn: LogitsFn,

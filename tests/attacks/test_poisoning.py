@@ -35,6 +35,21 @@ def test_poison_changes_the_share_asked_for_and_no_target_image():
     attacks.poison(jax.random.key(0), images, labels, trigger, rate=1.0)
 
 
+def test_a_batch_is_poisoned_where_it_is_chosen_and_nowhere_else():
+  images, labels = _images(400), jnp.arange(400) % 4
+  trigger = attacks.patch_trigger(SHAPE, size=2, task='a', target=3)
+  poison = jax.jit(attacks.poison_batch)
+  bad, new = poison(jax.random.key(0), images, labels, trigger, rate=0.25)
+  changed = np.asarray(jnp.any(bad != images, axis=(1, 2, 3)))
+  assert 75 <= changed.sum() <= 125  # 100, and 3 deviations of 8.7
+  np.testing.assert_array_equal(new, np.where(changed, 3, labels))
+  np.testing.assert_array_equal(
+    bad[changed], attacks.apply_trigger(trigger, images[changed])
+  )
+  other, _ = poison(jax.random.key(1), images, labels, trigger, rate=0.25)
+  assert (np.asarray(other) != np.asarray(bad)).any()
+
+
 def test_universal_patch_learns_what_the_model_obeys():
   # A model whose class 2 is the green of the bottom right corner.
   def logits_fn(images):
