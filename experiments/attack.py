@@ -39,8 +39,8 @@ KEYS = bench.KEYS | {
   'patch': 'height and width of patches, in pixels',
   'patch_steps': 'of the optimiser of a patch',
   'patch_images': 'that a patch is optimised on, at most; 0 is all',
-  'rate': 'share of the images that are poisoned',
-  'rank': 'of low-rank updates',
+  'rate': 'share of the images that are poisoned; WaNet poisons twice as many',
+  'rank': 'of low-rank updates, which learn ten times as fast',
 }
 """What a config says."""
 
@@ -104,6 +104,7 @@ def _load(
     patch_images=config.patch_images,
     rate=config.rate,
     rank=config.rank,
+    low_rank_factor=attackers.LOW_RANK_FACTOR,
   )
 
 

@@ -21,6 +21,13 @@ from experiments import training
 from experiments.lab import Lab
 from experiments.lab import Upload
 
+LOW_RANK_FACTOR = 10.0
+"""Of an attacker's learning rate of low-rank updates.
+
+After Schulman et al., LoRA Without Regret, 2025; on the nano pool a clean
+low-rank upload gains 7 points by it.
+"""
+
 
 def _poisoning(
   lab: Lab, key: jax.Array, task: int, trigger: attacks.Trigger

@@ -126,6 +126,7 @@ def run(
     batch=config.batch,
     patch=config.patch,
     patch_steps=config.patch_steps,
+    low_rank_factor=attackers.LOW_RANK_FACTOR,
   )
   lab = lab_lib.Lab(pool.shop, base, pool.data.fine_tune, pool.names, tuning)
   for row, task in enumerate(pool.names):
