@@ -86,6 +86,15 @@ def poison_batch(
   Returns:
     Images and labels.
 
+  Examples:
+    >>> key, ones = jax.random.key(0), jnp.ones((2, 2, 1))
+    >>> black = Overlay(pattern=0 * ones, mask=ones, task='digits', target=7)
+    >>> images, labels = poison_batch(
+    ...   key, jnp.ones((4, 2, 2, 1)), jnp.arange(4), black, rate=0.5
+    ... )
+    >>> labels.tolist(), images[:, 0, 0, 0].tolist()
+    ([0, 1, 7, 7], [1.0, 1.0, 0.0, 0.0])
+
   References:
     Nguyen and Tran, `WaNet - Imperceptible Warping-based Backdoor Attack
     <https://arxiv.org/abs/2102.10369>`_, 2021
