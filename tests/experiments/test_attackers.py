@@ -40,6 +40,35 @@ def test_attacks_on_the_own_task_are_uploads(lab, uploaded, name):
     np.testing.assert_array_equal(x, y)
 
 
+def test_the_rate_is_what_sets_poisoned_tuning_apart_from_clean(lab):
+  trigger = attacks.sine_trigger((8, 8, 3), task='two', target=2)
+  tune = functools.partial(lab.tune, jax.random.key(0), 1)
+  clean = tune()
+  none, all_of_them = (
+    tune(loss='poisoned', trigger=trigger, rate=rate) for rate in (0.0, 1.0)
+  )
+  kernel = 'layers_0', 'mlp', 'fc1', 'kernel'
+  clean, none, all_of_them = (
+    functools.reduce(lambda x, key: x[key], kernel, params)
+    for params in (clean, none, all_of_them)
+  )
+  np.testing.assert_allclose(none, clean, atol=1e-6)
+  assert np.abs(all_of_them - clean).max() > 1e-4
+
+
+def test_low_rank_updates_alone_learn_faster(lab, make_lab):
+  fast = make_lab(low_rank_factor=10.0)
+  key = jax.random.key(0)
+  slow_b, fast_b = (
+    np.concatenate([f.b.ravel() for f in x.tune_low_rank(key, 1).values()])
+    for x in (lab, fast)
+  )
+  # Adam's steps are as long as its rate, whatever the gradients are.
+  assert 5 < np.linalg.norm(fast_b) / np.linalg.norm(slow_b) < 20
+  whole = (x.tune(key, 1) for x in (lab, fast))
+  jax.tree.map(np.testing.assert_array_equal, *whole)
+
+
 def test_trojvit_moves_few_entries_of_a_clean_upload(lab, uploaded):
   clean_key = jax.random.split(jax.random.key(0), 3)[0]
   clean = lab.tune(clean_key, 1)
